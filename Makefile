@@ -1,0 +1,51 @@
+# `make demo` and `make test` need only Python >= 3.10 with venv, and make. Everything else they install into .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint types format bench clean help
+
+help:
+	@echo "make demo    train GPT, GPT + QK-norm and nGPT side by side on the embedded text; write runs/demo/report.html"
+	@echo "make test    lint, types and every test"
+	@echo "make bench   the benchmarks, tables and JSON"
+	@echo "make clean   remove the environment and the runs"
+
+demo: $(VENV)/.train
+	$(BIN)/nsphere compare --preset demo --out runs/demo --resume
+
+test: $(VENV)/.dev lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.json
+
+clean:
+	rm -rf $(VENV) runs build dist
+
+# A stamp per level of set-up; each is made anew when what is to be installed changes.
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nsphere needs Python 3.10 or newer, found %d.%d; set PYTHON=..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing nsphere and what it needs into $(VENV) (about a minute)"
+	$(PIP) install -c constraints.txt -e '.[train]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing nsphere and its test tools into $(VENV) (about two minutes)"
+	$(PIP) install -c constraints.txt -e '.[train,hf,dev]'
+	@touch $@ $(VENV)/.train
