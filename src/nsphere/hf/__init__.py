@@ -1,0 +1,1 @@
+"""nsphere in Hugging Face transformers."""

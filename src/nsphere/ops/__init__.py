@@ -1,0 +1,1 @@
+"""The fused operations: each has a plain PyTorch reference, which is the truth."""
