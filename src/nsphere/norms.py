@@ -1,0 +1,433 @@
+"""Norms over the last dimension: L2, RMS, LayerNorm, and the registry through which any other norm gets a name.
+
+Shape legend: x is [..., D], or [..., H, D] where the weights differ per head; D is the width that is normalised.
+"""
+
+import abc
+import dataclasses
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Statistic: TypeAlias = Literal["l2", "rms", "layer"]
+EpsPlace: TypeAlias = Literal["inside", "clamp", "added"]
+WeightShape: TypeAlias = Literal["none", "shared", "per_head", "full", "scalar_per_head", "scalar"]
+WeightCast: TypeAlias = Literal["fused", "before", "after", "input", "torch"]
+Root: TypeAlias = Literal["rsqrt", "pow", "sqrt"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NormSpec:
+    """A built-in norm as data: what fused kernels and sharding rules read instead of the module."""
+
+    statistic: Statistic
+    """What x is divided by: "l2" √Σx², "rms" √mean x², "layer" the standard deviation, after centring."""
+    eps: float | None
+    """Added as `eps_place` says; None is the eps of the input's dtype."""
+    eps_place: EpsPlace = "inside"
+    """"inside" the root, "clamp" (the root is at least eps), or "added" to the root."""
+    weight: WeightShape = "none"
+    """"none", "shared" [D], "per_head" [H, D], "full" [H·D], "scalar_per_head" [H] or "scalar" [1]."""
+    bias: bool = False
+    """Whether a bias of the weight's shape is added."""
+    zero_centered: bool = False
+    """The factor is 1 + weight, with weight initialised to 0."""
+    weight_cast: WeightCast = "fused"
+    """Where values are rounded to the input's dtype (see `Norm`)."""
+    promote: bool = False
+    """Let a weight wider than the input widen the output, as a module that multiplies after the cast does."""
+    root: Root = "rsqrt"
+    """How 1/√ is computed, which shows in the last bit: rsqrt(s), s^-½ by pow, or a division by sqrt(s)."""
+    scale: float = 1.0
+    """A constant factor on the result."""
+
+
+class Norm(nn.Module, abc.ABC):
+    """A map from x to a normalised x over its last dimension, which owns its eps, weight and rounding.
+
+    Subclass it and write `forward`, and it works wherever a norm is asked for; `register_norm` gives it a name.
+
+    The rounding of the built-in norms (`weight_cast`), for inputs below fp32; statistics are fp32 in all but "input":
+        "fused":  fp32 throughout, one rounding at the end; QKNorm carries fp32 on through RoPE and multiplier.
+        "before": weight and bias in fp32, then one rounding (Gemma, OLMo 2, torch.nn.RMSNorm).
+        "after":  rounded to the input's dtype, then weight and bias (Llama, T5).
+        "input":  everything in the input's dtype.
+        "torch":  torch's own F.layer_norm, F.rms_norm or F.normalize in the input's dtype.
+    """
+
+    spec: NormSpec | None = None
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D], in the dtype of x."""
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype statistics are kept in: fp32, or fp64 for fp64 input."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def inverse_root(s: Tensor, eps: float, place: EpsPlace, root: Root = "rsqrt") -> Tensor:
+    """1/√s with eps where `place` says; 0 where nothing keeps the root from being zero.
+
+    Args:
+        s: a mean or a sum of squares, non-negative.
+        eps: non-negative.
+        place: "inside" 1/√(s + eps), "clamp" 1/max(√s, eps), "added" 1/(√s + eps).
+        root: which of torch's functions computes "inside".
+    """
+    if place == "inside" and eps > 0:
+        s = s + eps
+        if root == "rsqrt":
+            return torch.rsqrt(s)
+        return torch.pow(s, -0.5) if root == "pow" else 1 / torch.sqrt(s)
+    # √ has an infinite slope at zero, so the zero rows take a detour through 1 and leave with value and slope 0
+    alive = s > 0
+    safe = torch.where(alive, s, 1.0)
+    if eps == 0:
+        inverse = torch.rsqrt(safe)
+    elif place == "clamp":
+        inverse = 1 / torch.sqrt(safe).clamp_min(eps)
+    else:
+        inverse = 1 / (torch.sqrt(safe) + eps)
+    return torch.where(alive, inverse, 0.0)
+
+
+class _StatisticNorm(Norm):
+    """The built-in family: (x - centre) / root(statistic) · weight + bias, described by its `spec`."""
+
+    def __init__(self, dim: int, spec: NormSpec, *, num_heads: int | None, device: Any, dtype: Any):
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"{type(self).__name__} got dim={dim}; give the width it normalises, at least 1")
+        _check_choices(type(self).__name__, spec)
+        self.spec: NormSpec = spec
+        self.dim = dim
+        self.num_heads = num_heads
+        shape = _weight_shape(type(self).__name__, dim, spec.weight, num_heads)
+        if shape is None and spec.bias:
+            raise ValueError(
+                f'{type(self).__name__} got bias=True with weight="none"; give the weight a shape'
+            )
+        self.weight = (
+            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if shape is not None else None
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if spec.bias and shape else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 1 (0 if zero-centred) and the bias to 0."""
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 0.0 if self.spec.zero_centered else 1.0)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def eps_for(self, x: Tensor) -> float:
+        """The eps used on x: the one given, or the eps of its dtype."""
+        return torch.finfo(x.dtype).eps if self.spec.eps is None else self.spec.eps
+
+    def factor(self, dtype: torch.dtype | None = None) -> Tensor | None:
+        """The weight as it multiplies, 1 + w where zero-centred, broadcastable to [..., D] or [..., H, D]."""
+        if self.weight is None:
+            return None
+        weight = self._shaped(self.weight if dtype is None else self.weight.to(dtype))
+        return 1 + weight if self.spec.zero_centered else weight
+
+    def shift(self, dtype: torch.dtype | None = None) -> Tensor | None:
+        """The bias, broadcastable to [..., D] or [..., H, D]."""
+        if self.bias is None:
+            return None
+        return self._shaped(self.bias if dtype is None else self.bias.to(dtype))
+
+    def _shaped(self, w: Tensor) -> Tensor:
+        if self.spec.weight == "full":
+            return w.view(self.num_heads or 1, self.dim)
+        return w.unsqueeze(-1) if self.spec.weight == "scalar_per_head" else w
+
+    def standardize(self, x: Tensor, eps: float) -> Tensor:
+        """(x - centre) · 1/root in x's own dtype, without weight or bias: [..., D] -> [..., D]."""
+        if self.spec.statistic == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        squares = x.pow(2)
+        s = squares.sum(-1, keepdim=True) if self.spec.statistic == "l2" else squares.mean(-1, keepdim=True)
+        y = x * inverse_root(s, eps, self.spec.eps_place, self.spec.root)
+        return y if self.spec.scale == 1 else y * self.spec.scale
+
+    def apply_fp32(self, x: Tensor) -> Tensor:
+        """The whole norm without any rounding below fp32: x [..., D] of any dtype -> fp32 (fp64 for fp64)."""
+        dtype = compute_dtype(x)
+        return self._affine(self.standardize(x.to(dtype), self.eps_for(x)), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] (or [..., H, D] with weights per head) -> the same shape, rounded as `weight_cast` says."""
+        self.check_input(x)
+        cast = self.spec.weight_cast
+        if cast in ("fused", "before"):
+            return self.apply_fp32(x).to(x.dtype)
+        if cast == "torch":
+            return self._torch(x)
+        if cast == "input":
+            return self._affine(self.standardize(x, self.eps_for(x)), None if self.spec.promote else x.dtype)
+        normed = self.standardize(x.to(compute_dtype(x)), self.eps_for(x)).to(x.dtype)
+        return self._affine(normed, None if self.spec.promote else x.dtype)
+
+    def check_input(self, x: Tensor) -> None:
+        """Raises ValueError for another width or head count, TypeError for integers."""
+        if not x.is_floating_point():
+            raise TypeError(f"{type(self).__name__} got {x.dtype}; give it a floating-point tensor")
+        if x.shape[-1] != self.dim:
+            raise ValueError(
+                f"{type(self).__name__} normalises a last dimension of {self.dim} and got {tuple(x.shape)}; "
+                f"build it with dim={x.shape[-1]}"
+            )
+        per_head = self.spec.weight in ("per_head", "full", "scalar_per_head")
+        if per_head and (x.dim() < 2 or x.shape[-2] != self.num_heads):
+            raise ValueError(
+                f"{type(self).__name__} has weights for {self.num_heads} heads and got {tuple(x.shape)}; "
+                f"give [..., {self.num_heads}, {self.dim}]"
+            )
+
+    def _affine(self, y: Tensor, dtype: torch.dtype | None) -> Tensor:
+        factor, shift = self.factor(dtype), self.shift(dtype)
+        if factor is not None:
+            y = y * factor
+        return y if shift is None else y + shift
+
+    def _torch(self, x: Tensor) -> Tensor:
+        spec, width = self.spec, (self.dim,)
+        weight, bias = self.factor(x.dtype), self.shift(x.dtype)
+        one_row = weight is not None and weight.shape == width
+        if spec.statistic == "layer":
+            if one_row or weight is None:
+                return F.layer_norm(x, width, weight, bias, self.eps_for(x))
+            y = F.layer_norm(x, width, eps=self.eps_for(x))
+        elif spec.statistic == "rms":
+            if one_row and bias is None:
+                return F.rms_norm(x, width, weight, spec.eps)
+            y = F.rms_norm(x, width, eps=spec.eps)
+        else:
+            y = F.normalize(x, dim=-1, eps=self.eps_for(x))
+        y = y if spec.scale == 1 else y * spec.scale
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
+    def extra_repr(self) -> str:
+        """The fields that differ from their defaults."""
+        shown = [f"{self.dim}", f"eps={self.spec.eps}", f"weight={self.spec.weight!r}"]
+        defaults = NormSpec(self.spec.statistic, self.spec.eps)
+        for field in dataclasses.fields(self.spec):
+            value = getattr(self.spec, field.name)
+            if field.name not in ("statistic", "eps", "weight") and value != getattr(defaults, field.name):
+                shown.append(f"{field.name}={value!r}")
+        return ", ".join(shown)
+
+
+class L2Norm(_StatisticNorm):
+    """x / ‖x‖₂ · weight, the unit norm (nGPT; Henry et al. 2020); a zero row stays zero, with zero gradient.
+
+    With the default eps=0 nothing distorts short rows: a row of norm 1e-4 leaves with norm 1.
+
+    Args:
+        dim: D, the width of the normalised dimension.
+        eps: 0, or a small number; None takes the eps of the input's dtype.
+        eps_place: "inside" √(Σx² + eps), "clamp" max(√Σx², eps) as F.normalize, "added" √Σx² + eps.
+        weight: "none", "shared" [D], "per_head" [H, D], "full" [H·D], "scalar_per_head" [H] or "scalar" [1].
+        num_heads: H, needed by weights that differ per head.
+        bias: add a bias of the weight's shape.
+        zero_centered: multiply by 1 + weight, with weight initialised to 0.
+        weight_cast: where values are rounded; see `Norm`.
+        promote: let a weight wider than the input widen the output.
+        scale: a constant factor on the result.
+        device: where the weight lives.
+        dtype: the weight's dtype.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float | None = 0.0,
+        eps_place: EpsPlace = "inside",
+        weight: WeightShape = "none",
+        num_heads: int | None = None,
+        bias: bool = False,
+        zero_centered: bool = False,
+        weight_cast: WeightCast = "fused",
+        promote: bool = False,
+        root: Root = "rsqrt",
+        scale: float = 1.0,
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        spec = NormSpec("l2", eps, eps_place, weight, bias, zero_centered, weight_cast, promote, root, scale)
+        super().__init__(dim, spec, num_heads=num_heads, device=device, dtype=dtype)
+
+
+class RMSNorm(_StatisticNorm):
+    """x / √(mean x² + eps) · weight. Arguments as in `L2Norm`; the weight is shared [D] unless said otherwise."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float | None = 1e-6,
+        eps_place: EpsPlace = "inside",
+        weight: WeightShape = "shared",
+        num_heads: int | None = None,
+        bias: bool = False,
+        zero_centered: bool = False,
+        weight_cast: WeightCast = "fused",
+        promote: bool = False,
+        root: Root = "rsqrt",
+        scale: float = 1.0,
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        spec = NormSpec("rms", eps, eps_place, weight, bias, zero_centered, weight_cast, promote, root, scale)
+        super().__init__(dim, spec, num_heads=num_heads, device=device, dtype=dtype)
+
+
+class LayerNorm(_StatisticNorm):
+    """(x - mean) / √(var + eps) · weight + bias. Arguments as in `L2Norm`; a shared weight and a bias by default."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float | None = 1e-5,
+        eps_place: EpsPlace = "inside",
+        weight: WeightShape = "shared",
+        num_heads: int | None = None,
+        bias: bool | None = None,
+        zero_centered: bool = False,
+        weight_cast: WeightCast = "fused",
+        promote: bool = False,
+        root: Root = "rsqrt",
+        scale: float = 1.0,
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        bias = weight != "none" if bias is None else bias
+        spec = NormSpec(
+            "layer", eps, eps_place, weight, bias, zero_centered, weight_cast, promote, root, scale
+        )
+        super().__init__(dim, spec, num_heads=num_heads, device=device, dtype=dtype)
+
+
+class FunctionNorm(Norm):
+    """A weightless norm made of a function from [..., D] to [..., D]."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], dim: int | None = None):
+        super().__init__()
+        self.function = function
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> function(x) in the dtype of x."""
+        return self.function(x).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+_NORMS: dict[str, Callable[..., nn.Module]] = {"l2": L2Norm, "rms": RMSNorm, "layer": LayerNorm}
+
+
+def register_norm(name: str) -> Callable[[Any], Any]:
+    """Decorator that makes a norm available by name wherever a norm is asked for.
+
+    Args:
+        name: a new name; one that is taken raises ValueError.
+
+    Returns:
+        A decorator for an nn.Module class built as cls(dim) (cls(dim, num_heads=...) if it takes num_heads), or
+        for a function from a tensor [..., D] to one of the same shape.
+    """
+    if name in _NORMS:
+        raise ValueError(f"the norm name {name!r} is taken by {_NORMS[name]!r}; choose another name")
+
+    def register(norm: Any) -> Any:
+        is_class = isinstance(norm, type) and issubclass(norm, nn.Module)
+        if not is_class and not callable(norm):
+            raise TypeError(
+                f"register_norm got {norm!r}; give an nn.Module class or a function of one tensor"
+            )
+        _NORMS[name] = norm if is_class else partial(FunctionNorm, norm)
+        return norm
+
+    return register
+
+
+def norm_names() -> list[str]:
+    """The names a norm can be asked for by, sorted."""
+    return sorted(_NORMS)
+
+
+def make_norm(norm: Any, dim: int, *, num_heads: int | None = None, **options: Any) -> nn.Module | None:
+    """Build a norm from whatever way it was asked for.
+
+    Args:
+        norm: a registered name, an nn.Module class, a functools.partial of one, an nn.Module instance (returned as
+            it is) or None (no norm).
+        dim: D, passed as the first argument.
+        num_heads: H, passed on to what takes it.
+        **options: further keyword arguments of the norm.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones.
+    """
+    if norm is None or isinstance(norm, nn.Module):
+        if options:
+            raise ValueError(f"{sorted(options)} cannot be applied to {norm!r}; set them where it is made")
+        return norm
+    if isinstance(norm, str):
+        if norm not in _NORMS:
+            raise ValueError(
+                f"unknown norm {norm!r}; known: {', '.join(norm_names())}; add one with register_norm"
+            )
+        norm = _NORMS[norm]
+    if not callable(norm):
+        raise TypeError(f"a norm is a name, a class, a partial, an instance or None; got {norm!r}")
+    if num_heads is not None and "num_heads" not in options and _takes(norm, "num_heads"):
+        options["num_heads"] = num_heads
+    return norm(dim, **options)
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    bound = function.keywords if isinstance(function, partial) else {}
+    return name in parameters and name not in bound
+
+
+def _check_choices(owner: str, spec: NormSpec) -> None:
+    allowed = {"eps_place": EpsPlace, "weight": WeightShape, "weight_cast": WeightCast, "root": Root}
+    for field, choices in allowed.items():
+        value = getattr(spec, field)
+        if value not in choices.__args__:
+            raise ValueError(
+                f"{owner} got {field}={value!r}; choose from {', '.join(map(repr, choices.__args__))}"
+            )
+    if spec.eps is not None and spec.eps < 0:
+        raise ValueError(f"{owner} got eps={spec.eps}; give 0 or a small positive number")
+
+
+def _weight_shape(owner: str, dim: int, weight: WeightShape, num_heads: int | None) -> tuple[int, ...] | None:
+    if weight in ("per_head", "full", "scalar_per_head") and not num_heads:
+        raise ValueError(f"{owner} got weight={weight!r} without num_heads; give num_heads")
+    heads = num_heads or 0
+    return {
+        "none": None,
+        "shared": (dim,),
+        "per_head": (heads, dim),
+        "full": (heads * dim,),
+        "scalar_per_head": (heads,),
+        "scalar": (1,),
+    }[weight]
