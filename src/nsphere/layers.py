@@ -1,0 +1,273 @@
+"""What GPT and nGPT share: attention, SwiGLU, and the decoder around the blocks.
+
+Shapes: B batch, T tokens, S cached and new tokens, H query heads, K key/value heads, D head_dim, d d_model, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsphere.ops.linear_cross_entropy import linear_cross_entropy
+from nsphere.qk_norm import QKNorm
+from nsphere.rope import RopeSpec
+
+RopeTables = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The shape of a decoder-only transformer, the same for every architecture."""
+
+    vocab_size: int
+    """Rows of the embedding."""
+    context: int
+    """Tokens of a training sequence."""
+    d_model: int
+    """Width of the hidden state."""
+    num_layers: int
+    """Blocks, each of one attention and one MLP."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads; num_heads (multi-head attention) if not given, 1 is multi-query attention."""
+    head_dim: int | None = None
+    """Width of a head; d_model / num_heads if not given."""
+    d_mlp: int | None = None
+    """Hidden width of the MLP; 4 d_model if not given."""
+    rope_base: float = 10000.0
+    """Base of the rotary embedding's wavelengths."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context", "d_model", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.head_dim is None:
+            if self.d_model % self.num_heads:
+                raise ValueError(
+                    f"d_model {self.d_model} is not divisible by num_heads {self.num_heads}; "
+                    "choose a divisor, or give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.d_mlp is None:
+            object.__setattr__(self, "d_mlp", 4 * self.d_model)
+        assert self.head_dim is not None and self.num_kv_heads is not None and self.d_mlp is not None
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                f"head_dim {self.head_dim} is odd; the rotary embedding turns pairs, choose an even one"
+            )
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}; "
+                "each key/value head serves the same number of query heads"
+            )
+        if self.d_mlp < 1:
+            raise ValueError(f"d_mlp must be at least 1, got {self.d_mlp}")
+        if not self.rope_base > 0:
+            raise ValueError(f"rope_base must be positive, got {self.rope_base}")
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for one layer, in storage that is laid out once.
+
+    Args:
+        batch_size: sequences.
+        max_tokens: most tokens that it will hold.
+        num_kv_heads: K.
+        head_dim: D.
+        dtype: of what is stored.
+        device: where.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_tokens: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        shape = (batch_size, max_tokens, num_kv_heads, head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_tokens = 0
+
+    def append(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store what is new; all keys and values so far [B, S, K, D]."""
+        end = self.num_tokens + k_BTKD.shape[1]
+        if end > self.k.shape[1]:
+            raise ValueError(
+                f"the cache holds {self.k.shape[1]} tokens, {end} were asked for; make it larger"
+            )
+        self.k[:, self.num_tokens : end] = k_BTKD
+        self.v[:, self.num_tokens : end] = v_BTKD
+        self.num_tokens = end
+        return self.k[:, :end], self.v[:, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention: y = W_o softmax(scale · q kᵀ) v, with q and k normalised and rotated by `qk_norm`.
+
+    Args:
+        W_q: maps [B, T, d] to [B, T, H·D].
+        W_k: maps [B, T, d] to [B, T, K·D].
+        W_v: like W_k.
+        W_o: maps [B, T, H·D] to [B, T, d].
+        qk_norm: acts on q and k per head and knows the softmax scale that belongs with it.
+        head_dim: D.
+    """
+
+    def __init__(
+        self, W_q: nn.Module, W_k: nn.Module, W_v: nn.Module, W_o: nn.Module, qk_norm: QKNorm, head_dim: int
+    ) -> None:
+        super().__init__()
+        self.W_q, self.W_k, self.W_v, self.W_o = W_q, W_k, W_v, W_o
+        self.qk_norm, self.head_dim = qk_norm, head_dim
+
+    def qkv(self, x: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor, Tensor]:
+        """The q [B, T, H, D], k and v [B, T, K, D] that attention sees."""
+        q, k, v = (W(x).unflatten(-1, (-1, self.head_dim)) for W in (self.W_q, self.W_k, self.W_v))
+        q, k = self.qk_norm(q, k, rope=rope)
+        return q, k, v
+
+    def forward(
+        self, x: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """X [B, T, d] → [B, T, d].
+
+        Args:
+            x: the block's input.
+            rope: tables of the T positions.
+            mask: bool [B or 1, 1, T, S], true where q may see k; None is the causal mask of T = S.
+            cache: keys and values of earlier tokens; what is new is appended.
+        """
+        q, k, v = self.qkv(x, rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.qk_norm.softmax_scale,
+            enable_gqa=k.shape[2] != q.shape[2],
+        )
+        return self.W_o(y.transpose(1, 2).flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    """y = W_down (u ⊙ SiLU(ν)), u = W_u x, ν = W_ν x.
+
+    Args:
+        W_u: maps [..., d] to [..., d_mlp].
+        W_nu: the gate, like W_u.
+        W_down: maps [..., d_mlp] to [..., d].
+    """
+
+    def __init__(self, W_u: nn.Module, W_nu: nn.Module, W_down: nn.Module) -> None:
+        super().__init__()
+        self.W_u, self.W_nu, self.W_down = W_u, W_nu, W_down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.W_down(self.W_u(x) * F.silu(self.W_nu(x)))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm, output head: the frame that GPT and nGPT fill.
+
+    Args:
+        config: the shape.
+        embed: maps tokens [B, T] to [B, T, d].
+        blocks: each maps (h [B, T, d], rope, mask, cache) to [B, T, d].
+        final_norm: maps [B, T, d] to [B, T, d].
+    """
+
+    def __init__(
+        self, config: DecoderConfig, embed: nn.Module, blocks: Sequence[nn.Module], final_norm: nn.Module
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embed, self.blocks, self.final_norm = embed, nn.ModuleList(blocks), final_norm
+        # constants of the shape, not state: made again from the config, never saved
+        cos, sin = self.make_rope_tables(config.context)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    def rope_spec(self) -> RopeSpec:
+        """How q and k are rotated."""
+        assert self.config.head_dim is not None
+        return RopeSpec(dim=self.config.head_dim, base=self.config.rope_base)
+
+    def make_rope_tables(self, num_positions: int) -> RopeTables:
+        """The tables of positions 0 … num_positions − 1, each [num_positions, D/2] in fp32."""
+        return self.rope_spec().tables(num_positions)
+
+    def output_weight(self) -> Tensor:
+        """[V, d]: logits = h · output_weightᵀ, scales folded in."""
+        raise NotImplementedError
+
+    def _rope(self, start: int, end: int) -> RopeTables:
+        if end > self.rope_cos.shape[0]:  # longer than the training context: extrapolation, or generation
+            cos, sin = self.make_rope_tables(end)
+            self.rope_cos, self.rope_sin = cos.to(self.rope_cos.device), sin.to(self.rope_sin.device)
+        return self.rope_cos[start:end], self.rope_sin[start:end]
+
+    def hidden(
+        self, tokens: Tensor, document_ids: Tensor | None = None, caches: Sequence[KVCache] | None = None
+    ) -> Tensor:
+        """Tokens [B, T] → final hidden states [B, T, d]; see `forward`."""
+        num_tokens = tokens.shape[1]
+        start = caches[0].num_tokens if caches else 0
+        mask = None
+        if document_ids is not None:
+            if caches:
+                raise ValueError(
+                    "document_ids and a cache exclude each other; a cache holds one document a row"
+                )
+            same_document = document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2)
+            mask = same_document.tril().unsqueeze(1)
+        elif start > 0:
+            mask = torch.ones(num_tokens, start + num_tokens, dtype=torch.bool, device=tokens.device)
+            mask = mask.tril(start)[None, None]
+        rope = self._rope(start, start + num_tokens)
+        h = self.embed(tokens)
+        for i, block in enumerate(self.blocks):
+            h = block(h, rope, mask, caches[i] if caches else None)
+        return self.final_norm(h)
+
+    def forward(
+        self, tokens: Tensor, document_ids: Tensor | None = None, caches: Sequence[KVCache] | None = None
+    ) -> Tensor:
+        """Tokens [B, T] → logits [B, T, V].
+
+        Args:
+            tokens: int64.
+            document_ids: int [B, T], the document that each token of a packed row belongs to: tokens see only
+                their own document. None: the row is one document.
+            caches: one KVCache a block, for generation; the T tokens follow what it holds.
+        """
+        return F.linear(self.hidden(tokens, document_ids, caches), self.output_weight())
+
+    def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats per token, fp32 []; targets int64 [B, T], -100 where none."""
+        h = self.hidden(tokens, document_ids)
+        return linear_cross_entropy(h.flatten(0, 1), self.output_weight(), targets.flatten())
+
+    def num_parameters(self) -> int:
+        """All learned numbers, shared ones once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def make_caches(self, batch_size: int, max_tokens: int, dtype: torch.dtype) -> list[KVCache]:
+        """Empty caches for generation, one a block."""
+        config = self.config
+        assert config.num_kv_heads is not None and config.head_dim is not None
+        return [
+            KVCache(batch_size, max_tokens, config.num_kv_heads, config.head_dim, dtype, self.rope_cos.device)
+            for _ in self.blocks
+        ]

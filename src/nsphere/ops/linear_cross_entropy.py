@@ -1,0 +1,96 @@
+"""The loss at the end of a language model: output projection and cross-entropy in one, in chunks of tokens.
+
+The logits of a chunk are made, used for the loss and for both gradients, and dropped: three products, as in the plain
+formula, and never more than `MAX_LOGITS` logits alive at a time.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_LOGITS = 1 << 24
+"""Most logits stored at a time: 64 MiB of fp32."""
+
+IGNORE = -100
+"""A target that does not count, as in torch.nn.functional.cross_entropy."""
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, max_logits: int = MAX_LOGITS) -> Tensor:
+    """Mean over tokens of −log softmax(h Wᵀ)[target].
+
+    Products run in h's dtype, or in autocast's where that is on; softmax, loss and the sum of the weight's gradient
+    over chunks are fp32.
+
+    Args:
+        h: [N, d], final hidden states.
+        weight: [V, d], output embedding, with any scale of the logits already folded into its rows.
+        targets: [N] int64 in [0, V), or -100 where a token does not count.
+        max_logits: most logits stored at a time.
+
+    Returns:
+        [], fp32. The mean over no token at all is 0.
+    """
+    if torch.is_autocast_enabled(h.device.type):
+        compute_dtype = torch.get_autocast_dtype(h.device.type)
+    else:
+        compute_dtype = h.dtype
+    rows = max(1, min(h.shape[0], max_logits // weight.shape[0]))
+    needs_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    if needs_grad:  # the gradients are made while the logits are at hand
+        return _LinearCrossEntropy.apply(h, weight, targets, rows, compute_dtype)
+    return _forward(h, weight, targets, rows, compute_dtype)[0]
+
+
+def _count(targets: Tensor) -> Tensor:
+    return (targets != IGNORE).sum().clamp_min(1)
+
+
+def _forward(
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    rows: int,
+    compute_dtype: torch.dtype,
+    with_grads: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and where asked for d loss/d h and d loss/d weight."""
+    wide = torch.promote_types(compute_dtype, torch.float32)
+    with torch.autocast(h.device.type, enabled=False):
+        h_c, weight_c, count = h.to(compute_dtype), weight.to(compute_dtype), _count(targets)
+        total = torch.zeros((), dtype=wide, device=h.device)
+        h_grads, weight_grad = [], None
+        for h_rows, targets_rows in zip(h_c.split(rows), targets.split(rows), strict=True):
+            logits = (h_rows @ weight_c.t()).to(wide)
+            counted = targets_rows != IGNORE
+            index = torch.where(counted, targets_rows, 0).unsqueeze(-1)
+            logsumexp = logits.logsumexp(-1, keepdim=True)
+            total = total + ((logsumexp - logits.gather(-1, index)).squeeze(-1) * counted).sum()
+            if with_grads:
+                # softmax − onehot, as a comparison rather than a scatter: fuses, and has one order of execution
+                onehot = torch.arange(weight.shape[0], device=h.device) == index
+                logits_grad = ((logits - logsumexp).exp() - onehot.to(wide)) * (
+                    counted.to(wide) / count
+                ).unsqueeze(-1)
+                logits_grad = logits_grad.to(compute_dtype)
+                h_grads.append(logits_grad @ weight_c)
+                partial = (logits_grad.t() @ h_rows).to(wide)
+                weight_grad = partial if weight_grad is None else weight_grad + partial
+        loss = total / count
+    return loss, torch.cat(h_grads).to(h.dtype) if with_grads else None, weight_grad
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, rows: int, compute_dtype: torch.dtype
+    ) -> Tensor:
+        loss, h_grad, weight_grad = _forward(h, weight, targets, rows, compute_dtype, with_grads=True)
+        assert h_grad is not None and weight_grad is not None
+        ctx.save_for_backward(h_grad, weight_grad.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        h_grad, weight_grad = ctx.saved_tensors
+        return h_grad * grad, weight_grad * grad, None, None, None
