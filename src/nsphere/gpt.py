@@ -42,7 +42,6 @@ class GPTBlock(nn.Module):
     def __init__(self, config: GPTConfig, qk_norm: QKNorm) -> None:
         super().__init__()
         d, D = config.d_model, config.head_dim
-        assert D is not None and config.num_kv_heads is not None and config.d_mlp is not None
         q_width, kv_width = config.num_heads * D, config.num_kv_heads * D
 
         def linear(in_features: int, out_features: int) -> nn.Linear:
@@ -55,9 +54,7 @@ class GPTBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(d, eps=config.norm_eps)
         self.mlp = SwiGLU(linear(d, config.d_mlp), linear(d, config.d_mlp), linear(config.d_mlp, d))
 
-    def forward(
-        self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         h = h + self.attn(self.attn_norm(h), rope, mask, cache)
         return h + self.mlp(self.mlp_norm(h))
 
@@ -74,7 +71,6 @@ class GPT(Decoder):
     def __init__(self, config: GPTConfig) -> None:
         self.config = config
         spec = self.rope_spec()
-        assert config.head_dim is not None
 
         def qk_norm() -> QKNorm:
             return QKNorm(
@@ -106,4 +102,4 @@ class GPT(Decoder):
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.num_layers) if into_residual else std)
 
     def output_weight(self) -> Tensor:
-        return self.embed.weight if self.config.tied else self.head.weight
+        return (self.embed if self.config.tied else self.head).weight  # type: ignore[return-value]

@@ -38,16 +38,16 @@ class Scale(nn.Module):
     Source: arXiv 2410.01131, section 2.5.
     """
 
+    stored: nn.Parameter | None
+    constant: Tensor
+
     def __init__(self, size: int, init: float, scale: float, kind: ScaleKind = "vector") -> None:
         super().__init__()
         if kind not in ("vector", "scalar", "fixed"):
             raise ValueError(f"scale kind {kind!r} is unknown; choose vector, scalar or fixed")
         if not scale > 0:
-            raise ValueError(
-                f"a scale's stored start must be positive, got {scale}; it sets the learning rate"
-            )
+            raise ValueError(f"a scale's stored start must be positive, got {scale}; it sets the learning rate")
         self.size, self.init, self.scale, self.kind = size, float(init), float(scale), kind
-        self.stored: nn.Parameter | None
         if kind == "fixed":
             self.register_parameter("stored", None)
             self.register_buffer("constant", torch.full((1,), self.init), persistent=False)
@@ -111,9 +111,7 @@ class SphereLinear(nn.Module):
 
     def folded_weight(self) -> Tensor:
         """[out, in]: the matrix that acts on x, its scale and gain folded in; fp32 where the weight is."""
-        weight = (
-            unit(self.weight, self.sphere_dims["weight"]) if self.projection == "forward" else self.weight
-        )
+        weight = unit(self.weight, self.sphere_dims["weight"]) if self.projection == "forward" else self.weight
         if self.scale is not None:
             return weight * (self.scale() * self.gain).unsqueeze(-1)
         return weight if self.gain == 1.0 else weight * self.gain
@@ -201,7 +199,7 @@ class NormDeviation(NamedTuple):
 
     value: float
     name: str
-    index: int
+    row: int
 
 
 @torch.no_grad()
@@ -224,11 +222,9 @@ def assert_on_hypersphere(model: nn.Module, atol: float = 1e-6) -> None:
     """
     worst = max_norm_deviation(model)
     if worst is None:
-        raise ValueError(
-            "no module of this model says that a matrix belongs on the sphere; mark them with on_sphere"
-        )
+        raise ValueError("no module of this model says that a matrix belongs on the sphere; mark them with on_sphere")
     if not worst.value <= atol:
         raise AssertionError(
-            f"{worst.name}[{worst.index}] has norm off by {worst.value:.3g}, more than {atol:g}; "
+            f"{worst.name}[{worst.row}] has norm off by {worst.value:.3g}, more than {atol:g}; "
             "call normalize_matrices_(model), or keep_on_hypersphere(model, optimizer) before training"
         )

@@ -31,11 +31,12 @@ class DecoderConfig:
     """Blocks, each of one attention and one MLP."""
     num_heads: int
     """Query heads."""
-    num_kv_heads: int | None = None
+    # the three below are never None once constructed: __post_init__ fills them in
+    num_kv_heads: int = None  # type: ignore[assignment]
     """Key and value heads; num_heads (multi-head attention) if not given, 1 is multi-query attention."""
-    head_dim: int | None = None
+    head_dim: int = None  # type: ignore[assignment]
     """Width of a head; d_model / num_heads if not given."""
-    d_mlp: int | None = None
+    d_mlp: int = None  # type: ignore[assignment]
     """Hidden width of the MLP; 4 d_model if not given."""
     rope_base: float = 10000.0
     """Base of the rotary embedding's wavelengths."""
@@ -55,11 +56,8 @@ class DecoderConfig:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.d_mlp is None:
             object.__setattr__(self, "d_mlp", 4 * self.d_model)
-        assert self.head_dim is not None and self.num_kv_heads is not None and self.d_mlp is not None
         if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(
-                f"head_dim {self.head_dim} is odd; the rotary embedding turns pairs, choose an even one"
-            )
+            raise ValueError(f"head_dim {self.head_dim} is odd; the rotary embedding turns pairs, choose an even one")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}; "
@@ -101,9 +99,7 @@ class KVCache:
         """Store what is new; all keys and values so far [B, S, K, D]."""
         end = self.num_tokens + k_BTKD.shape[1]
         if end > self.k.shape[1]:
-            raise ValueError(
-                f"the cache holds {self.k.shape[1]} tokens, {end} were asked for; make it larger"
-            )
+            raise ValueError(f"the cache holds {self.k.shape[1]} tokens, {end} were asked for; make it larger")
         self.k[:, self.num_tokens : end] = k_BTKD
         self.v[:, self.num_tokens : end] = v_BTKD
         self.num_tokens = end
@@ -135,9 +131,7 @@ class Attention(nn.Module):
         q, k = self.qk_norm(q, k, rope=rope)
         return q, k, v
 
-    def forward(
-        self, x: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """X [B, T, d] → [B, T, d].
 
         Args:
@@ -188,6 +182,9 @@ class Decoder(nn.Module):
         final_norm: maps [B, T, d] to [B, T, d].
     """
 
+    rope_cos: Tensor
+    rope_sin: Tensor
+
     def __init__(
         self, config: DecoderConfig, embed: nn.Module, blocks: Sequence[nn.Module], final_norm: nn.Module
     ) -> None:
@@ -201,7 +198,6 @@ class Decoder(nn.Module):
 
     def rope_spec(self) -> RopeSpec:
         """How q and k are rotated."""
-        assert self.config.head_dim is not None
         return RopeSpec(dim=self.config.head_dim, base=self.config.rope_base)
 
     def make_rope_tables(self, num_positions: int) -> RopeTables:
@@ -227,9 +223,7 @@ class Decoder(nn.Module):
         mask = None
         if document_ids is not None:
             if caches:
-                raise ValueError(
-                    "document_ids and a cache exclude each other; a cache holds one document a row"
-                )
+                raise ValueError("document_ids and a cache exclude each other; a cache holds one document a row")
             same_document = document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2)
             mask = same_document.tril().unsqueeze(1)
         elif start > 0:
@@ -266,7 +260,6 @@ class Decoder(nn.Module):
     def make_caches(self, batch_size: int, max_tokens: int, dtype: torch.dtype) -> list[KVCache]:
         """Empty caches for generation, one a block."""
         config = self.config
-        assert config.num_kv_heads is not None and config.head_dim is not None
         return [
             KVCache(batch_size, max_tokens, config.num_kv_heads, config.head_dim, dtype, self.rope_cos.device)
             for _ in self.blocks

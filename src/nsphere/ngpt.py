@@ -31,13 +31,13 @@ class NGPTConfig(DecoderConfig):
     """α of attention and MLP, the eigen learning rates."""
     eigen_lr_init: float = 0.05
     """Start of α; of the order of 1/num_layers."""
-    eigen_lr_scale: float | None = None
+    eigen_lr_scale: float = None  # type: ignore[assignment]
     """Stored start of α; 1/√d_model if not given."""
     s_qk: ScaleKind = "vector"
     """Scale of the normalised q and k."""
     s_qk_init: float = 1.0
     """Start of s_qk."""
-    s_qk_scale: float | None = None
+    s_qk_scale: float = None  # type: ignore[assignment]
     """Stored start of s_qk; 1/√d_model if not given."""
     s_uv: ScaleKind = "vector"
     """Scales s_u and s_v of the MLP's two branches."""
@@ -49,11 +49,11 @@ class NGPTConfig(DecoderConfig):
     """Scale of the logits."""
     s_z_init: float = 1.0
     """Start of s_z."""
-    s_z_scale: float | None = None
+    s_z_scale: float = None  # type: ignore[assignment]
     """Stored start of s_z; 1/√d_model if not given."""
     qk_norm: bool = True
     """Whether q and k are normalised; False is the paper's ablation."""
-    softmax_scale: float | None = None
+    softmax_scale: float = None  # type: ignore[assignment]
     """Factor on q·k; √head_dim if not given."""
     projection: Projection = "step"
     """step: matrices are normalised after every optimizer step; forward: in every forward pass, with gradient."""
@@ -72,7 +72,6 @@ class NGPTConfig(DecoderConfig):
             if not getattr(self, f"{name}_scale") > 0:
                 raise ValueError(f"{name}_scale must be positive, got {getattr(self, f'{name}_scale')}")
         if self.softmax_scale is None:
-            assert self.head_dim is not None
             object.__setattr__(self, "softmax_scale", math.sqrt(self.head_dim))
         if self.projection not in ("step", "forward"):
             raise ValueError(f"projection is {self.projection!r}; choose step or forward")
@@ -107,8 +106,6 @@ class NGPTBlock(nn.Module):
     def __init__(self, config: NGPTConfig, qk_norm: QKNorm) -> None:
         super().__init__()
         d, D, projection = config.d_model, config.head_dim, config.projection
-        assert D is not None and config.num_kv_heads is not None and config.d_mlp is not None
-        assert config.eigen_lr_scale is not None
         q_width, kv_width, d_mlp = config.num_heads * D, config.num_kv_heads * D, config.d_mlp
 
         def inward(width: int, scale: Scale | None = None, gain: float = 1.0) -> SphereLinear:
@@ -123,16 +120,12 @@ class NGPTBlock(nn.Module):
         def s_uv() -> Scale:
             return Scale(d_mlp, config.s_uv_init, config.s_uv_scale, config.s_uv)
 
-        self.attn = Attention(
-            inward(q_width), inward(kv_width), inward(kv_width), outward(q_width), qk_norm, D
-        )
+        self.attn = Attention(inward(q_width), inward(kv_width), inward(kv_width), outward(q_width), qk_norm, D)
         # ν = W_ν h is a cosine of size 1/√d: √d brings it to where SiLU is not linear (section 2.4.2)
         self.mlp = SwiGLU(inward(d_mlp, s_uv()), inward(d_mlp, s_uv(), math.sqrt(d)), outward(d_mlp))
         self.eigen_lr_attn, self.eigen_lr_mlp = eigen_lr(), eigen_lr()
 
-    def forward(
-        self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         h = normalized_update(h, self.attn(h, rope, mask, cache), self.eigen_lr_attn().abs())
         return normalized_update(h, self.mlp(h), self.eigen_lr_mlp().abs())
 
@@ -154,13 +147,11 @@ class NGPT(Decoder):
         blocks = [self.make_block(config) for _ in range(config.num_layers)]
         embed = SphereEmbedding(config.vocab_size, config.d_model, config.projection)
         super().__init__(config, embed, blocks, nn.Identity())
-        assert config.s_z_scale is not None
         s_z = Scale(config.vocab_size, config.s_z_init, config.s_z_scale, config.s_z)
         self.head = SphereLinear(config.d_model, config.vocab_size, 1, s_z, projection=config.projection)
 
     def make_block(self, config: NGPTConfig) -> NGPTBlock:
         """One block with its own q/k norm: L2 after RoPE, s_qk² on q, softmax scale √D (equations 15, 16)."""
-        assert config.s_qk_scale is not None and config.head_dim is not None
         s_qk = Scale(config.num_heads * config.head_dim, config.s_qk_init, config.s_qk_scale, config.s_qk)
         norm = L2Norm if config.qk_norm else None
         qk_norm = QKNorm(

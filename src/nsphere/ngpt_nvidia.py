@@ -22,9 +22,7 @@ class NvidiaQKNorm(QKNorm):
     out[2i] = −x[2i+1] C[i], out[2i+1] = x[2i] S[i]: an odd step of the pairs, scaled by two different angles.
     """
 
-    def forward(
-        self, q: Tensor, k: Tensor, rope: RopeTables | None = None, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, rope: RopeTables | None = None, **kwargs: object) -> tuple[Tensor, Tensor]:
         assert rope is not None
         S, C = (table.unsqueeze(-2) for table in rope)  # [T, 1, D/2] against x [B, T, H, D/2]
 
@@ -41,9 +39,7 @@ class NvidiaBlock(NGPTBlock):
         super().__init__(config, qk_norm)
         self.mlp.W_u.gain = math.sqrt(config.d_model)  # type: ignore[assignment]
 
-    def forward(
-        self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         h = normalized_update(unit(h), self.attn(h, rope, mask, cache), self.eigen_lr_attn().abs())
         return normalized_update(unit(h), self.mlp(h), self.eigen_lr_mlp().abs())
 
@@ -53,9 +49,8 @@ class NvidiaNGPT(NGPT):
 
     def make_block(self, config: NGPTConfig) -> NGPTBlock:
         """A block in the reference's convention."""
-        assert config.s_qk_scale is not None
         norm_and_scale = super().make_block(config).attn.qk_norm
-        s_qk = norm_and_scale.multiplier.s_qk  # type: ignore[union-attr]
+        s_qk = norm_and_scale.multiplier.s_qk
         factor = QKScale(s_qk, config.num_heads, power=1)
         qk_norm = NvidiaQKNorm(
             "l2",
@@ -107,9 +102,7 @@ def from_reference_state_dict(reference: dict[str, Tensor]) -> dict[str, Tensor]
         elif name == "sz":
             ours["head.scale.stored"] = tensor
         elif block and block[2] == "c_fc.weight":
-            ours[f"blocks.{block[1]}.mlp.W_u.weight"], ours[f"blocks.{block[1]}.mlp.W_nu.weight"] = (
-                tensor.chunk(2)
-            )
+            ours[f"blocks.{block[1]}.mlp.W_u.weight"], ours[f"blocks.{block[1]}.mlp.W_nu.weight"] = tensor.chunk(2)
         elif block and block[2] == "suv":
             s_u, s_nu = tensor.chunk(2)
             ours[f"blocks.{block[1]}.mlp.W_u.scale.stored"] = s_u

@@ -31,9 +31,7 @@ def keep_on_hypersphere(model: nn.Module, optimizer: Optimizer) -> RemovableHand
     """
     matrices = list(sphere_matrices(model))
     if not matrices:
-        raise ValueError(
-            "no module of this model says that a matrix belongs on the sphere; mark them with on_sphere"
-        )
+        raise ValueError("no module of this model says that a matrix belongs on the sphere; mark them with on_sphere")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(m.weight) in held for m in matrices):
         raise ValueError(

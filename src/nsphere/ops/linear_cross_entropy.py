@@ -69,9 +69,7 @@ def _forward(
             if with_grads:
                 # softmax − onehot, as a comparison rather than a scatter: fuses, and has one order of execution
                 onehot = torch.arange(weight.shape[0], device=h.device) == index
-                logits_grad = ((logits - logsumexp).exp() - onehot.to(wide)) * (
-                    counted.to(wide) / count
-                ).unsqueeze(-1)
+                logits_grad = ((logits - logsumexp).exp() - onehot.to(wide)) * (counted.to(wide) / count).unsqueeze(-1)
                 logits_grad = logits_grad.to(compute_dtype)
                 h_grads.append(logits_grad @ weight_c)
                 partial = (logits_grad.t() @ h_rows).to(wide)
@@ -82,9 +80,7 @@ def _forward(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, rows: int, compute_dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, rows: int, compute_dtype: torch.dtype) -> Tensor:
         loss, h_grad, weight_grad = _forward(h, weight, targets, rows, compute_dtype, with_grads=True)
         assert h_grad is not None and weight_grad is not None
         ctx.save_for_backward(h_grad, weight_grad.to(weight.dtype))
