@@ -1,6 +1,6 @@
 """What GPT and nGPT share: attention, SwiGLU, and the decoder around the blocks.
 
-Shapes: B batch, T tokens, S cached and new tokens, H query heads, K key/value heads, D head_dim, d d_model, V vocabulary.
+Shapes: B batch, T tokens, S cached and new tokens, H query heads, K key and value heads, D head_dim, d d_model, V words.
 """
 
 from collections.abc import Sequence
