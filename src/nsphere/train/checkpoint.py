@@ -17,19 +17,21 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nsphere.train import optimizer_state
 from nsphere.train.files import RunLock, atomic_write_bytes, atomic_write_json, fsync_file, fsync_folder
+from nsphere.train.model_state import Mismatch, check_fit, live_tensors, tied_names, unwrapped
+from nsphere.train.optimizer_state import as_list
 
 logger = logging.getLogger(__name__)
 
@@ -40,128 +42,9 @@ MANIFEST_FILE = "manifest.json"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _TEMPORARY, _REPLACED = ".tmp-", ".replaced-"
 
-# How a group's arithmetic is carried out is the resuming machine's choice, not the saving one's.
-_MACHINE_OPTIONS = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
-
 
 class _Broken(ValueError):
     """A checkpoint that is not what was written; an older one may be used in its place."""
-
-
-class Mismatch(NamedTuple):
-    """Names that `restore(strict=False)` passed over: in the model only, and in the checkpoint only."""
-
-    missing: list[str]
-    unexpected: list[str]
-
-
-def canonical_name(name: str) -> str:
-    """A parameter's name without what compiling or checkpointing the modules on its way put into it.
-
-    >>> canonical_name("blocks.0._orig_mod.attn.weight")
-    'blocks.0.attn.weight'
-    """
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and (Distributed)DataParallel's wrappers."""
-    while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
-def _named_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """Canonical name -> (name in the unwrapped model's state_dict, live tensor), tied tensors under every name."""
-    named: dict[str, tuple[str, Tensor]] = {}
-    for raw, tensor in _unwrapped(model).state_dict(keep_vars=True).items():
-        name = canonical_name(raw)
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} is a {type(tensor).__name__}; a checkpoint holds tensors (drop get_extra_state)")
-        if name in named:
-            raise ValueError(f"{named[name][0]} and {raw} both come to the name {name}; rename one of the modules")
-        named[name] = raw, tensor
-    return named
-
-
-def _tied_names(named: dict[str, tuple[str, Tensor]]) -> dict[str, str]:
-    """Each name that stands for the same tensor as an earlier name -> that earlier name."""
-    first: dict[Any, str] = {}
-    tied = {}
-    for name, (_, tensor) in named.items():
-        same = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-        owner = first.setdefault(same if tensor.data_ptr() else id(tensor), name)
-        if owner != name:
-            tied[name] = owner
-    return tied
-
-
-def _parameter_names(model: nn.Module) -> dict[int, str]:
-    """id(parameter) -> canonical name; the first one where it is tied."""
-    return {id(p): canonical_name(name) for name, p in _unwrapped(model).named_parameters()}
-
-
-def _as_list(optimizers: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    if optimizers is None:
-        return []
-    return [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-
-
-def _group_names(optimizer: Optimizer, names: dict[int, str]) -> list[list[str]]:
-    """The canonical names of each group's parameters."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) not in names:
-                raise ValueError(
-                    f"{type(optimizer).__name__} holds a parameter of shape {list(parameter.shape)} that the model "
-                    "does not have; build the optimizer from this model's parameters"
-                )
-    return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-
-
-def _plain(value: Any, where: str) -> Any:
-    """The value as JSON can hold it: a number, a string, None, or a list of them. 0-d tensors become numbers."""
-    if isinstance(value, Tensor) and value.dim() == 0:
-        return value.item()
-    if isinstance(value, list | tuple):
-        return [_plain(entry, where) for entry in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ValueError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers and strings")
-
-
-def _optimizer_content(model: nn.Module, optimizers: list[Optimizer]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The optimizers' state as flat tensors, and for each optimizer its class, groups and numbers for JSON."""
-    names = _parameter_names(model)
-    tensors: dict[str, Tensor] = {}
-    contents = []
-    for optimizer in optimizers:
-        kind = type(optimizer).__name__
-        groups = [
-            {
-                "params": group_names,
-                "options": {k: _plain(v, f"{kind}'s {k}") for k, v in group.items() if k not in _MACHINE_OPTIONS},
-            }
-            for group, group_names in zip(optimizer.param_groups, _group_names(optimizer, names), strict=True)
-        ]
-        numbers: dict[str, dict[str, Any]] = {}
-        for parameter, state in optimizer.state.items():
-            name = names.get(id(parameter))
-            if name is None:
-                raise ValueError(f"{kind} keeps state for something that is not one of the model's parameters")
-            for key, value in state.items():
-                if "." in key or f"state.{name}.{key}" in tensors:
-                    raise ValueError(f"{kind}'s state {key!r} of {name} has a dot in its name, or is there twice")
-                if isinstance(value, Tensor):
-                    tensors[f"state.{name}.{key}"] = value
-                else:
-                    numbers.setdefault(name, {})[key] = _plain(value, f"{kind}'s state {key!r} of {name}")
-        contents.append({"class": kind, "groups": groups, "numbers": numbers})
-    return tensors, contents
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -180,7 +63,9 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(packed, path, metadata={"format": "pt"})
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else 0, str(error)) from error
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     # safetensors makes files that only their owner can read; take what the folder was created with
     os.chmod(path, path.parent.stat().st_mode & 0o666)
     fsync_file(path)
@@ -407,9 +292,9 @@ def save_checkpoint(
     folder = Path(folder)
     if step < 0 or keep_last < 1:
         raise ValueError(f"step must be >= 0 and keep_last >= 1, got {step} and {keep_last}")
-    named = _named_tensors(model)
-    tied = _tied_names(named)
-    optimizer_tensors, contents = _optimizer_content(model, _as_list(optimizer))
+    live = live_tensors(model)
+    tied = tied_names(live)
+    optimizer_tensors, contents = optimizer_state.collect(model, as_list(optimizer))
     content = {"step": step, "state": state, "tied": tied, "optimizers": contents}
     try:
         text = json.dumps(content, indent=1)
@@ -424,7 +309,8 @@ def save_checkpoint(
             _clean(checkpoints)
             try:
                 temporary.mkdir(parents=True)
-                _write_tensors(temporary / MODEL_FILE, {n: t for n, (_, t) in named.items() if n not in tied})
+                fsync_folder(folder)
+                _write_tensors(temporary / MODEL_FILE, {n: t for n, (_, t) in live.items() if n not in tied})
                 _write_tensors(temporary / OPTIMIZER_FILE, optimizer_tensors)
                 atomic_write_bytes(temporary / STATE_FILE, text.encode())
                 _write_manifest(temporary, step)
@@ -436,19 +322,6 @@ def save_checkpoint(
     except OSError as error:
         raise _not_written(folder, step, error) from error
     return final
-
-
-def _some(parts: Sequence[str]) -> str:
-    return ", ".join(parts[:3]) + (f" and {len(parts) - 3} more" if len(parts) > 3 else "")
-
-
-def _like(live: Any, stored: Any) -> Any:
-    """A stored option as the live one is: tensors are filled in place, lists become tuples where it has a tuple."""
-    if isinstance(live, Tensor):
-        return live.fill_(stored)
-    if isinstance(live, tuple) and len(live) == len(stored):
-        return tuple(_like(old, new) for old, new in zip(live, stored, strict=True))
-    return stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -473,7 +346,6 @@ class Checkpoint:
     optimizer_groups: list[dict[str, Any]]
     tied: dict[str, str]
 
-    @torch.no_grad()
     def restore(
         self, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer] | None = None, *, strict: bool = True
     ) -> Mismatch:
@@ -496,117 +368,20 @@ class Checkpoint:
         Raises:
             ValueError: with the first mismatches.
         """
-        named = _named_tensors(model)
-        mismatch = self._check_model(named, strict)
-        plan = list(self._plan(model, _as_list(optimizers))) if optimizers is not None else []
-
-        saved = {raw: self.model_tensors[name] for name, (raw, _) in named.items() if name in self.model_tensors}
-        _unwrapped(model).load_state_dict(saved, strict=False)
-        for optimizer, group, options, states in plan:
-            for key, value in options.items():
-                group[key] = _like(group.get(key), value)
-            for parameter in group["params"]:
-                self._restore_state(optimizer, group, parameter, states[id(parameter)])
-        return mismatch
-
-    def _check_model(self, named: dict[str, tuple[str, Tensor]], strict: bool) -> Mismatch:
-        live_tied = _tied_names(named)
-        present = {live_tied.get(name, name) for name in named if name in self.model_tensors}
-        missing = [name for name in named if live_tied.get(name, name) not in present]
-        unexpected = [name for name in self.model_tensors if name not in named]
-        wrong = []
-        for name, (_, live) in named.items():
-            saved = self.model_tensors.get(name)
-            if saved is None:
-                continue
-            if (saved.shape, saved.dtype) != (live.shape, live.dtype):
-                wrong.append(
-                    f"{name} is {saved.dtype} {list(saved.shape)} in the checkpoint and {live.dtype} "
-                    f"{list(live.shape)} in the model"
+        live = live_tensors(model)
+        try:
+            mismatch = check_fit(live, self.model_tensors, strict)
+            plans = []
+            if optimizers is not None:
+                plans = optimizer_state.plan(
+                    model, as_list(optimizers), self.optimizer_tensors, self.optimizer_groups, self.tied
                 )
-            elif live.is_meta:
-                wrong.append(f"{name} has no memory in the model (call to_empty first)")
-            else:
-                owner = self.model_tensors.get(live_tied.get(name, name), saved)
-                if owner is not saved and not _same_bits(owner, saved):
-                    wrong.append(f"{name} and {live_tied[name]} are one tensor in the model and two in the checkpoint")
-        faults = [_some(wrong)] if wrong else []
-        if strict and missing:
-            faults.append(f"the checkpoint lacks {_some(missing)}")
-        if strict and unexpected:
-            faults.append(f"the model lacks {_some(unexpected)}")
-        if faults:
-            raise ValueError(f"checkpoint {self.path} does not fit this model: {'; '.join(faults)}")
-        return Mismatch(missing, unexpected)
-
-    def _plan(
-        self, model: nn.Module, optimizers: list[Optimizer]
-    ) -> Iterator[tuple[Optimizer, dict[str, Any], dict[str, Any], dict[int, dict[str, Any]]]]:
-        """For each live group: its optimizer, the saved options, and the saved state by id(parameter)."""
-        names = _parameter_names(model)
-        groups = {
-            frozenset(group["params"]): (content["class"], group["options"])
-            for content in self.optimizer_groups
-            for group in content["groups"]
-        }
-        states: dict[str, dict[str, Any]] = {}
-        for flat, tensor in self.optimizer_tensors.items():
-            name, _, key = flat.removeprefix("state.").rpartition(".")
-            states.setdefault(name, {})[key] = tensor
-        for content in self.optimizer_groups:
-            for name, numbers in content["numbers"].items():
-                states.setdefault(name, {}).update(numbers)
-
-        for optimizer in optimizers:
-            kind = type(optimizer).__name__
-            for group, group_names in zip(optimizer.param_groups, _group_names(optimizer, names), strict=True):
-                # where the model ties names that it lists in another order, the saved one is meant
-                saved_names = [self.tied.get(name, name) for name in group_names]
-                saved_kind, options = groups.pop(frozenset(saved_names), (None, {}))
-                if saved_kind != kind:
-                    was = f"saved from {saved_kind}" if saved_kind else "not a group in the checkpoint"
-                    raise ValueError(
-                        f"checkpoint {self.path} does not fit this optimizer: {kind}'s group of "
-                        f"{_some(group_names)} is {was}; build the optimizers as in the saved run"
-                    )
-                by_id = {id(p): states.get(name, {}) for p, name in zip(group["params"], saved_names, strict=True)}
-                yield optimizer, group, options, by_id
-        if groups:
-            kind, _ = next(iter(groups.values()))
-            raise ValueError(
-                f"checkpoint {self.path} does not fit these optimizers: nothing was given for {kind}'s group of "
-                f"{_some(sorted(next(iter(groups))))}; build the optimizers as in the saved run"
-            )
-
-    @staticmethod
-    def _restore_state(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, saved: dict[str, Any]) -> None:
-        before = optimizer.state.pop(parameter, {})
-        if not saved:
-            return
-        state = optimizer.state[parameter] = {}
-        for key, value in saved.items():
-            if isinstance(value, Tensor):
-                # torch keeps step counters on the CPU unless the kernel reads them
-                # (Optimizer._process_value_according_to_param_policy)
-                on_cpu = key == "step" and not (group.get("fused") or group.get("capturable"))
-                device = torch.device("cpu") if on_cpu else parameter.device
-                old = before.get(key)
-                if isinstance(old, Tensor) and (old.shape, old.dtype, old.device) == (value.shape, value.dtype, device):
-                    target = old
-                elif value.shape == parameter.shape:
-                    target = torch.empty_like(parameter, dtype=value.dtype, device=device, requires_grad=False)
-                else:
-                    target = torch.empty(value.shape, dtype=value.dtype, device=device)
-                state[key] = target.copy_(value)
-            else:
-                state[key] = value
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal shapes, dtypes and bits; NaNs of the same bits are equal."""
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+        except ValueError as error:
+            raise ValueError(f"checkpoint {self.path} does not fit: {error}") from None
+        saved = {raw: self.model_tensors[name] for name, (raw, _) in live.items() if name in self.model_tensors}
+        unwrapped(model).load_state_dict(saved, strict=False)
+        optimizer_state.carry_out(plans)
+        return mismatch
 
 
 def _read(folder: Path, expect_architecture: str | None) -> Checkpoint:
