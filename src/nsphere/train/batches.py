@@ -6,14 +6,42 @@ step it is at. Shape legend: B rows of a batch, T tokens of context.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 Tokens = np.ndarray[Any, np.dtype[Any]]
+
+
+class TokenShards:
+    """Token arrays read as one, without copying them together.
+
+    Args:
+        parts: Unsigned integers [n_i], none of them empty.
+    """
+
+    def __init__(self, parts: list[Tokens]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, stretch: slice) -> Tokens:
+        """The tokens from `stretch.start` to `stretch.stop`, in one array."""
+        start, stop, _ = stretch.indices(len(self))
+        found = []
+        for index in range(bisect_right(self._ends, start), len(self._parts)):
+            before = self._ends[index] - len(self._parts[index])
+            if before >= stop:
+                break
+            found.append(self._parts[index][max(0, start - before) : stop - before])
+        return np.concatenate(found) if found else self._parts[0][:0]
 
 
 class Batch(NamedTuple):
@@ -45,7 +73,7 @@ class TokenSplit:
     """
 
     name: str
-    tokens: Tokens
+    tokens: Tokens | TokenShards
     separator_id: int | None = None
 
     def __len__(self) -> int:
@@ -131,9 +159,7 @@ class Batches:
         return phase, np.argsort(stream.random_raw(self.windows_per_epoch), kind="stable")
 
 
-def val_batches(
-    split: TokenSplit, *, context: int, batch_size: int, num_batches: int | None = None
-) -> list[Batch]:
+def val_batches(split: TokenSplit, *, context: int, batch_size: int, num_batches: int | None = None) -> list[Batch]:
     """The fixed batches that a run is evaluated on: windows without overlap, spread evenly over the split.
 
     Args:
@@ -159,10 +185,7 @@ def val_batches(
     num_batches = available if num_batches is None else min(num_batches, available)
     num_rows = min(num_batches * batch_size, num_windows)
     starts = [row * num_windows // num_rows * context for row in range(num_rows)]
-    return [
-        _gather(split, starts[first : first + batch_size], context)
-        for first in range(0, num_rows, batch_size)
-    ]
+    return [_gather(split, starts[first : first + batch_size], context) for first in range(0, num_rows, batch_size)]
 
 
 def _gather(split: TokenSplit, starts: list[int], context: int) -> Batch:
