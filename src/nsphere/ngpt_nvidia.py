@@ -17,7 +17,7 @@ from nsphere.qk_norm import QKNorm
 
 
 class NvidiaQKNorm(QKNorm):
-    """QK-norm after the reference's rotary code, which leaves out the x·cos term of a rotation.
+    """QK-norm after the reference's rotary code, which leaves out the x·cos term of a rotation; `multiplier` is for both.
 
     out[2i] = −x[2i+1] C[i], out[2i+1] = x[2i] S[i]: an odd step of the pairs, scaled by two different angles.
     """
@@ -29,7 +29,10 @@ class NvidiaQKNorm(QKNorm):
         def rotary(x: Tensor) -> Tensor:
             return torch.stack((-x[..., 1::2] * C, x[..., 0::2] * S), dim=-1).flatten(-2)
 
-        return super().forward(rotary(q), rotary(k), rope=None)
+        dtype = q.dtype
+        # the fp32 tables promote q and k, and the norm sees them so
+        q, k = super().forward(rotary(q), rotary(k), rope=None, k_multiplier=self.multiplier())
+        return q.to(dtype), k.to(dtype)
 
 
 class NvidiaBlock(NGPTBlock):
@@ -40,8 +43,9 @@ class NvidiaBlock(NGPTBlock):
         self.mlp.W_u.gain = math.sqrt(config.d_model)  # type: ignore[assignment]
 
     def forward(self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        h = normalized_update(unit(h), self.attn(h, rope, mask, cache), self.eigen_lr_attn().abs())
-        return normalized_update(unit(h), self.mlp(h), self.eigen_lr_mlp().abs())
+        dtype = h.dtype
+        h = normalized_update(unit(h), self.attn(h, rope, mask, cache), self.eigen_lr_attn().abs()).to(dtype)
+        return normalized_update(unit(h), self.mlp(h), self.eigen_lr_mlp().abs()).to(dtype)
 
 
 class NvidiaNGPT(NGPT):
@@ -51,14 +55,12 @@ class NvidiaNGPT(NGPT):
         """A block in the reference's convention."""
         norm_and_scale = super().make_block(config).attn.qk_norm
         s_qk = norm_and_scale.multiplier.s_qk
-        factor = QKScale(s_qk, config.num_heads, power=1)
         qk_norm = NvidiaQKNorm(
             "l2",
             head_dim=config.head_dim,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
-            multiplier=factor,
-            k_multiplier=factor,
+            multiplier=QKScale(s_qk, config.num_heads, power=1),
             softmax_scale=config.softmax_scale,
         )
         return NvidiaBlock(config, qk_norm)
@@ -84,7 +86,7 @@ _NAMES = {
 
 
 def from_reference_state_dict(reference: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the authors' code under this library's names; fp32.
+    """The state dict of the authors' code under this library's names, in fp32 (or fp64 where it is).
 
     One matrix holds u and ν there: u is the first half of its rows and of suv, the gate ν the second.
 
@@ -93,7 +95,8 @@ def from_reference_state_dict(reference: dict[str, Tensor]) -> dict[str, Tensor]
     """
     ours: dict[str, Tensor] = {}
     for full_name, tensor in reference.items():
-        name, tensor = full_name.removeprefix("_orig_mod.").removeprefix("module."), tensor.float()
+        name = re.sub(r"^((_orig_mod|module)\.)+", "", full_name)  # as torch.compile and DDP leave it
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         block = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", name)
         if name == "transformer.wte.weight":
             ours["embed.weight"] = tensor
