@@ -204,14 +204,27 @@ class Decoder(nn.Module):
         """The tables of positions 0 … num_positions − 1, each [num_positions, D/2] in fp32."""
         return self.rope_spec().tables(num_positions)
 
+    def reset_parameters(self) -> None:
+        """Parameters and tables as in a fresh model: what one built on the meta device needs after `to_empty`."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self._set_rope_tables(self.config.context)
+
+    def _set_rope_tables(self, num_positions: int) -> None:
+        device = self.rope_cos.device
+        # made while generating, the tables may still serve training afterwards, which inference tensors cannot
+        with torch.inference_mode(False):
+            cos, sin = self.make_rope_tables(num_positions)
+            self.rope_cos, self.rope_sin = cos.to(device), sin.to(device)
+
     def output_weight(self) -> Tensor:
         """[V, d]: logits = h · output_weightᵀ, scales folded in."""
         raise NotImplementedError
 
     def _rope(self, start: int, end: int) -> RopeTables:
         if end > self.rope_cos.shape[0]:  # longer than the training context: extrapolation, or generation
-            cos, sin = self.make_rope_tables(end)
-            self.rope_cos, self.rope_sin = cos.to(self.rope_cos.device), sin.to(self.rope_sin.device)
+            self._set_rope_tables(end)
         return self.rope_cos[start:end], self.rope_sin[start:end]
 
     def hidden(
@@ -220,20 +233,25 @@ class Decoder(nn.Module):
         """Tokens [B, T] → final hidden states [B, T, d]; see `forward`."""
         num_tokens = tokens.shape[1]
         start = caches[0].num_tokens if caches else 0
-        mask = None
+        mask = positions = None
         if document_ids is not None:
             if caches:
                 raise ValueError("document_ids and a cache exclude each other; a cache holds one document a row")
             same_document = document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2)
             mask = same_document.tril().unsqueeze(1)
+            # positions count from the start of each document: nGPT's attention sees more than their differences,
+            # because s_qk scales the two dims of a rotated pair apart
+            positions = mask.sum(-1).squeeze(1) - 1
         elif start > 0:
             mask = torch.ones(num_tokens, start + num_tokens, dtype=torch.bool, device=tokens.device)
             mask = mask.tril(start)[None, None]
         rope = self._rope(start, start + num_tokens)
+        if positions is not None:
+            rope = rope[0][positions], rope[1][positions]
         h = self.embed(tokens)
         for i, block in enumerate(self.blocks):
             h = block(h, rope, mask, caches[i] if caches else None)
-        return self.final_norm(h)
+        return h
 
     def forward(
         self, tokens: Tensor, document_ids: Tensor | None = None, caches: Sequence[KVCache] | None = None
@@ -243,15 +261,30 @@ class Decoder(nn.Module):
         Args:
             tokens: int64.
             document_ids: int [B, T], the document that each token of a packed row belongs to: tokens see only
-                their own document. None: the row is one document.
+                their own document, and get the logits they would get in a row of their own. None: the row is one
+                document.
             caches: one KVCache a block, for generation; the T tokens follow what it holds.
         """
-        return F.linear(self.hidden(tokens, document_ids, caches), self.output_weight())
+        return F.linear(self.final_norm(self.hidden(tokens, document_ids, caches)), self.output_weight())
 
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats per token, fp32 []; targets int64 [B, T], -100 where none."""
-        h = self.hidden(tokens, document_ids)
+        return self.hidden_loss(self.hidden(tokens, document_ids), targets)
+
+    def hidden_loss(self, h: Tensor, targets: Tensor) -> Tensor:
+        """The loss from what the last block returned."""
+        h = self.final_norm(h)
         return linear_cross_entropy(h.flatten(0, 1), self.output_weight(), targets.flatten())
+
+    def compile_parts(self) -> None:
+        """Compile each block and the loss, in place.
+
+        Blocks of one shape share one compiled function, so that compiling takes as long for 36 blocks as for one;
+        on CPU the step is also faster than with the whole model compiled in one piece (docs/lab-notes.md).
+        """
+        for block in self.blocks:
+            block.compile()
+        self.hidden_loss = torch.compile(self.hidden_loss)  # type: ignore[method-assign]
 
     def num_parameters(self) -> int:
         """All learned numbers, shared ones once."""

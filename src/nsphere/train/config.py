@@ -1,0 +1,228 @@
+"""The configuration of a run: what defines its numbers, and how it is carried out."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nsphere.presets import PRESETS, make_config
+from nsphere.train.arms import OptimizerName, nearest, parse_arm
+from nsphere.train.data import DataConfig
+from nsphere.train.schedule import ScheduleName
+
+SCHEMA_VERSION = 1
+"""Of config.json; raised when a field changes its meaning."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What defines the numbers of a run. What is not given comes from the preset and the architecture's recipe."""
+
+    preset: str = "demo"
+    """Shape by name: demo, gpt2-small, 0.5b, 1b. The flags below change it."""
+    d_model: int | None = None
+    """Width of the hidden state."""
+    num_layers: int | None = None
+    """Blocks, each of one attention and one MLP."""
+    num_heads: int | None = None
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads; as many as query heads if not given."""
+    head_dim: int | None = None
+    """Width of a head; d_model / num_heads if not given."""
+    d_mlp: int | None = None
+    """Hidden width of the MLP; 4 d_model if not given."""
+    context: int | None = None
+    """Tokens of a sequence."""
+    steps: int | None = None
+    """Optimizer steps; the preset's if not given."""
+    batch_size: int | None = None
+    """Sequences per optimizer step; the preset's if not given."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass; gradients are accumulated over the batch. The whole batch if not given."""
+    lr: float | None = None
+    """Peak learning rate; the preset's, tuned for the arm, if not given."""
+    optimizer: OptimizerName | None = None
+    """adamw, or muon for the blocks' matrices; the arm's if not given."""
+    schedule: ScheduleName = "cosine"
+    """cosine or linear decay to zero, or wsd: constant, then linear to zero at the end."""
+    decay_fraction: float = 0.2
+    """Share of the steps in which wsd decays."""
+    warmup_steps: int | None = None
+    """Steps of linear warmup; nGPT none, GPT a tenth of the run and at most 2000, if not given."""
+    weight_decay: float | None = None
+    """Decoupled decay of matrices; nGPT 0, GPT 0.1, if not given."""
+    beta1: float = 0.9
+    """Adam's first-moment decay."""
+    beta2: float = 0.95
+    """Adam's second-moment decay."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Products in bfloat16 (autocast) or float32; auto is bfloat16 where the hardware has it."""
+    seed: int = 0
+    """Of the initial weights and of the order of the data."""
+    init_from: str | None = None
+    """Start from the weights of this run folder or checkpoint; optimizer and data start anew."""
+    eval_every: int | None = None
+    """Steps between evaluations; a twentieth of the run if not given."""
+    eval_batches: int | None = None
+    """Batches of the fixed validation set; the preset's if not given, 0 for the whole validation split."""
+
+    def shape(self) -> dict[str, int]:
+        """The shape fields of the model's config, vocabulary apart: the preset's, with what the flags change."""
+        if self.preset not in PRESETS:
+            raise ValueError(f"unknown preset {self.preset!r}; {nearest(self.preset, PRESETS)}")
+        shape = PRESETS[self.preset].shape()
+        for name in ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_mlp", "context"):
+            if getattr(self, name) is not None:
+                shape[name] = getattr(self, name)
+        return shape
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out. None of these changes what is learned, except by rounding (threads, compile)."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto: CUDA where there is one."""
+    compile: bool = True
+    """Compile the model; falls back to eager, and says so, where there is no C++ compiler."""
+    threads: int | None = None
+    """CPU threads; as many as there are cores if not given."""
+    deterministic: bool = True
+    """The same bits from run to run."""
+    skip_nonfinite: bool = False
+    """Skip (and count) steps whose loss or gradient is not finite, rather than stop."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; a tenth of the run if not given. One is always written at the end."""
+    keep_checkpoints: int = 2
+    """How many checkpoints to keep."""
+    log_every: int | None = None
+    """Steps between plain progress lines, where the output is no terminal; a twentieth of the run if not given."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "checkpoint_every", "keep_checkpoints", "log_every"):
+            _at_least(name, getattr(self, name), 1)
+
+
+def _at_least(name: str, value: float | None, least: float) -> None:
+    if value is not None and not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{name} must be at least {least:g}, got {value}")
+
+
+def resolve(arm_name: str, config: TrainConfig) -> TrainConfig:
+    """The config with everything filled in, for an arm. Same numbers for the same result.
+
+    Raises:
+        ValueError: an unknown arm or preset, or a value that can't be.
+    """
+    arm = parse_arm(arm_name)
+    shape = config.shape()
+    preset = PRESETS[config.preset]
+    steps = config.steps if config.steps is not None else preset.steps
+    batch_size = config.batch_size if config.batch_size is not None else preset.batch_size
+    is_ngpt = arm.architecture == "ngpt"
+    filled: dict[str, Any] = {
+        **shape,
+        "steps": steps,
+        "batch_size": batch_size,
+        "micro_batch_size": config.micro_batch_size if config.micro_batch_size is not None else batch_size,
+        "lr": config.lr if config.lr is not None else preset.lr(arm_name, config.optimizer or arm.optimizer),
+        "optimizer": config.optimizer or arm.optimizer,
+        "warmup_steps": config.warmup_steps
+        if config.warmup_steps is not None
+        else (0 if is_ngpt else min(2000, steps // 10)),
+        "weight_decay": config.weight_decay if config.weight_decay is not None else (0.0 if is_ngpt else 0.1),
+        "eval_every": config.eval_every if config.eval_every is not None else max(1, steps // 20),
+        "eval_batches": config.eval_batches if config.eval_batches is not None else preset.eval_batches,
+    }
+    resolved = dataclasses.replace(config, **filled)
+    _validate(resolved)
+    if is_ngpt and resolved.weight_decay:
+        raise ValueError(
+            f"weight_decay {resolved.weight_decay} has no meaning for nGPT, whose matrices are normalised after "
+            "every step; leave it out, or give it per arm"
+        )
+    return resolved
+
+
+def _validate(config: TrainConfig) -> None:
+    assert config.steps is not None and config.batch_size is not None and config.micro_batch_size is not None
+    for name in ("steps", "batch_size", "micro_batch_size", "eval_every"):
+        _at_least(name, getattr(config, name), 1)
+    for name in ("warmup_steps", "weight_decay", "grad_clip", "adam_eps", "eval_batches", "seed"):
+        _at_least(name, getattr(config, name), 0)
+    if config.lr is None or not (config.lr > 0 and math.isfinite(config.lr)):
+        raise ValueError(f"lr must be a positive number, got {config.lr}; nGPT and GPT learn at about 1e-3")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+    if not 0 < config.decay_fraction <= 1:
+        raise ValueError(f"decay_fraction must be in (0, 1], got {config.decay_fraction}")
+    if config.batch_size % config.micro_batch_size:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of micro_batch_size {config.micro_batch_size}"
+        )
+    assert config.warmup_steps is not None
+    if config.warmup_steps >= config.steps and config.steps > 1:
+        raise ValueError(f"warmup_steps {config.warmup_steps} leaves nothing of {config.steps} steps; give fewer")
+
+
+def model_config(arm_name: str, config: TrainConfig, vocab_size: int) -> Any:
+    """The config of the arm's model at this shape. Raises ValueError for a shape that can't be."""
+    arm = parse_arm(arm_name)
+    fields = {**PRESETS[config.preset].model_defaults(arm.architecture), **arm.model}
+    return make_config(arm.architecture, vocab_size=vocab_size, **config.shape(), **fields)
+
+
+def record(arm_name: str, config: TrainConfig, data: DataConfig, model: Any) -> dict[str, Any]:
+    """config.json: everything that defines the run, explicit."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "arm": arm_name,
+        "architecture": parse_arm(arm_name).architecture,
+        "model": dataclasses.asdict(model),
+        "train": dataclasses.asdict(config),
+        "data": dataclasses.asdict(data),
+    }
+
+
+def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
+    """What differs between two records, as "name: this, not that"."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return [
+            line
+            for key in [*ours, *(k for k in theirs if k not in ours)]
+            for line in differences(ours.get(key), theirs.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    same = list(ours) == list(theirs) if isinstance(ours, list | tuple) and theirs is not None else ours == theirs
+    return [] if same else [f"{prefix} is {theirs!r} there, {ours!r} asked for"]
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """config.json of a run folder.
+
+    Raises:
+        ValueError: there is none, it is broken, or from a newer version.
+    """
+    import json
+
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run} is not a run folder: it has no config.json; give a folder that nsphere train made")
+    try:
+        content = json.loads(path.read_text())
+        version = content["schema_version"]
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        raise ValueError(f"{path} is broken; restore it from a backup, or train the run again") from None
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema version {version}, this nsphere reads up to {SCHEMA_VERSION}; install a newer nsphere"
+        )
+    return content

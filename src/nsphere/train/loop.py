@@ -1,0 +1,335 @@
+"""The training run: one loop that can be read aloud, and the folder that it leaves.
+
+RUN/config.json         what defines the numbers
+    environment.json    versions and hardware, of every start
+    tokenizer/          what turns text into tokens and back
+    metrics.jsonl       a line per step and per evaluation
+    tensorboard/        the same for TensorBoard
+    checkpoints/        see checkpoint.py
+    result.json         written at the end
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nsphere.hypersphere import max_norm_deviation, normalize_matrices_
+from nsphere.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from nsphere.train.config import RunOptions, TrainConfig, differences, read_config, record, resolve
+from nsphere.train.data import Corpus, DataConfig, load_corpus
+from nsphere.train.files import JsonlWriter, RunLock, atomic_write_json
+from nsphere.train.machine import choose_device, environment
+from nsphere.train.progress import StepProgress, duration, say
+from nsphere.train.signals import Interrupted, StopRequest
+from nsphere.train.trainer import NonFinite, Trainer, process_settings
+
+CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE = (
+    "config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "result.json",
+)
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended; result.json."""
+
+    final_val_loss: float
+    """Nats per token."""
+    bits_per_byte: float | None
+    """None where the data does not say how many bytes a token stands for."""
+    steps: int
+    tokens: int
+    skipped_steps: int
+    num_parameters: int
+    train_seconds: float
+    """Wall time of all steps, evaluations and checkpoints apart."""
+    data_sha256: str
+
+
+def data_cache() -> Path:
+    """Where tokenised data is kept between runs: $NSPHERE_CACHE, or the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("NSPHERE_CACHE") or f"{base}/nsphere").expanduser()
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that can't be made or written, without making it.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"{folder} can't be written: {existing} is a file; choose another folder with --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} can't be written: no permission in {existing}; choose another folder with --out")
+
+
+def check_run_folder(out: Path, wanted: dict[str, Any], resume: bool) -> None:
+    """Refuse to write over another run, or to continue it as something else.
+
+    Raises:
+        ValueError: what differs, or that --resume is needed.
+    """
+    check_writable(out)
+    if not (out / CONFIG_FILE).exists():
+        return
+    different = differences(json.loads(json.dumps(wanted)), read_config(out))
+    if different:
+        shown = "; ".join(different[:5]) + (f"; and {len(different) - 5} more" if len(different) > 5 else "")
+        raise ValueError(f"run folder {out} holds another run: {shown}. Choose another --out, or the same settings")
+    if not resume:
+        raise ValueError(f"run folder {out} exists; give --resume to continue it, or another --out")
+
+
+def read_result(out: Path) -> Result | None:
+    """The result of a finished run, or None if it is not finished."""
+    path = out / RESULT_FILE
+    if not path.exists():
+        return None
+    try:
+        return Result(**json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is broken; delete it and resume the run, which only evaluates again") from None
+
+
+def train(
+    arm: str,
+    config: TrainConfig,
+    options: RunOptions,
+    data: DataConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    corpus: Corpus | None = None,
+    title: str | None = None,
+) -> Result:
+    """Train one arm into a run folder.
+
+    Args:
+        arm: name of the arm.
+        config: what defines the numbers; need not be resolved.
+        options: how it is carried out.
+        data: what it learns.
+        out: the run folder.
+        resume: continue what is there; a folder that is not there yet is started.
+        corpus: the data, if it is loaded already.
+        title: what the progress is called; the arm's name if not given.
+
+    Raises:
+        ValueError: bad settings, data or folder; before anything is written.
+        Interrupted: a signal asked to stop; a checkpoint was saved.
+        NonFinite: a loss was not finite; says which checkpoint is good.
+    """
+    config = resolve(arm, config)
+    device = choose_device(options.device)
+    with process_settings(options, device):
+        corpus = corpus if corpus is not None else load_corpus(data, cache_dir=data_cache())
+        trainer = Trainer(arm, config, options, corpus)
+        wanted = record(arm, config, data, trainer.model_config)
+        check_run_folder(out, wanted, resume)
+        if config.init_from is not None:
+            _start_from(trainer, Path(config.init_from))
+        done = read_result(out)
+        if done is not None:
+            say(f"{out}: finished before, validation loss {done.final_val_loss:.4f}")
+            return done
+        with RunLock(out):
+            return _Run(trainer, out, wanted, title or arm).go()
+
+
+def _start_from(trainer: Trainer, source: Path) -> None:
+    """Take over the weights of another run, and put them on the sphere if they are not on it."""
+    checkpoint = load_checkpoint(source, expect_architecture=trainer.architecture)
+    checkpoint.restore(trainer.model)
+    _verify_sphere(trainer, f"weights of {source}")
+
+
+def _verify_sphere(trainer: Trainer, what: str) -> None:
+    """Leave unit rows bit for bit as they are; project and say so where one is off by more than rounding."""
+    if not trainer.keeps_sphere:
+        return
+    worst = max_norm_deviation(trainer.model)
+    if worst is not None and worst.value > 1e-6:
+        say(f"{what}: {worst.name}[{worst.row}] was off the sphere by {worst.value:.2g}; all matrices were projected")
+        normalize_matrices_(trainer.model)
+
+
+class _Run:
+    """A run in its folder: what `train` does once everything is checked."""
+
+    def __init__(self, trainer: Trainer, out: Path, wanted: dict[str, Any], title: str) -> None:
+        self.trainer, self.out, self.title = trainer, out, title
+        self.steps: int = trainer.config.steps  # type: ignore[assignment]
+        self.eval_every: int = trainer.config.eval_every  # type: ignore[assignment]
+        self.checkpoint_every = trainer.options.checkpoint_every or max(1, self.steps // 10)
+        self.train_seconds = 0.0
+        self.wanted = wanted
+
+    def go(self) -> Result:
+        trainer, out = self.trainer, self.out
+        if not (out / CONFIG_FILE).exists():
+            if trainer.corpus.tokenizer is not None:
+                (out / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+                trainer.corpus.tokenizer.save(out / TOKENIZER_FOLDER)
+            atomic_write_json(out / CONFIG_FILE, self.wanted)
+        resumed = self._resume()
+        self._record_environment()
+        say(trainer.describe() + (f", resumed at step {trainer.num_steps}" if resumed else ""))
+        writer = _tensorboard(out, trainer.num_steps) if trainer.options.tensorboard else None
+        every = trainer.options.log_every or max(1, self.steps // 20)
+        with (
+            JsonlWriter(out / METRICS_FILE, resume_step=trainer.num_steps if resumed else -1) as metrics,
+            StopRequest() as stop,
+            StepProgress(self.title, self.steps, every, trainer.num_steps) as progress,
+        ):
+            self.metrics, self.tensorboard = metrics, writer
+            if not resumed:
+                self._evaluate()
+            while trainer.num_steps < self.steps:
+                began = time.perf_counter()
+                try:
+                    result = trainer.step()
+                except NonFinite as error:
+                    raise NonFinite(self._advice(error)) from None
+                seconds = time.perf_counter() - began
+                self.train_seconds += seconds
+                self._write(
+                    kind="train",
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    lr=result.lr,
+                    tokens=trainer.num_steps * trainer.tokens_per_step,
+                    seconds=seconds,
+                    tokens_per_second=trainer.tokens_per_step / seconds,
+                    **({"skipped": True} if result.skipped else {}),
+                )
+                if trainer.num_steps % self.eval_every == 0 or trainer.num_steps == self.steps:
+                    self._evaluate()
+                progress.update(
+                    trainer.num_steps,
+                    f"loss {result.loss:.3f}  val {self.val_loss:.3f}  {trainer.tokens_per_step / seconds:,.0f} tok/s",
+                )
+                leaving = stop.signal is not None and trainer.num_steps < self.steps
+                if leaving or trainer.num_steps % self.checkpoint_every == 0 or trainer.num_steps == self.steps:
+                    self._save()
+                if leaving:
+                    assert stop.signal is not None
+                    raise Interrupted(
+                        stop.signal, f"stopped at step {trainer.num_steps}, saved in {out}; --resume continues it"
+                    )
+        if writer is not None:
+            writer.close()
+        return self._finish()
+
+    def _resume(self) -> bool:
+        """Take up the newest sound checkpoint; False if the run starts from scratch."""
+        if latest_checkpoint(self.out) is None:
+            return False
+        trainer = self.trainer
+        checkpoint = load_checkpoint(self.out, expect_architecture=trainer.architecture)
+        if checkpoint.state["data_sha256"] != trainer.corpus.sha256:
+            raise ValueError(
+                f"{self.out} was trained on other data (sha256 {checkpoint.state['data_sha256'][:12]}…, now "
+                f"{trainer.corpus.sha256[:12]}…), so it can't be continued; give the same data, or another --out"
+            )
+        checkpoint.restore(trainer.model, trainer.optimizers)
+        trainer.num_steps = checkpoint.step
+        trainer.num_skipped = checkpoint.state["skipped_steps"]
+        self.train_seconds = checkpoint.state["train_seconds"]
+        self.val_loss = checkpoint.state["val_loss"]
+        _verify_sphere(trainer, f"checkpoint {checkpoint.path}")
+        return True
+
+    def _save(self) -> None:
+        trainer = self.trainer
+        self.metrics.sync()
+        save_checkpoint(
+            self.out,
+            step=trainer.num_steps,
+            model=trainer.model,
+            optimizer=trainer.optimizers,
+            state={
+                "architecture": trainer.architecture,
+                "config": self.wanted,
+                "data_sha256": trainer.corpus.sha256,
+                "skipped_steps": trainer.num_skipped,
+                "train_seconds": self.train_seconds,
+                "val_loss": self.val_loss,
+            },
+            keep_last=trainer.options.keep_checkpoints,
+        )
+
+    def _evaluate(self) -> None:
+        trainer = self.trainer
+        self.val_loss = trainer.evaluate()
+        worst = max_norm_deviation(trainer.model) if trainer.keeps_sphere else None
+        self._write(
+            kind="eval",
+            val_loss=self.val_loss,
+            tokens=trainer.num_steps * trainer.tokens_per_step,
+            **({} if worst is None else {"max_norm_deviation": worst.value}),
+        )
+
+    def _write(self, **numbers: Any) -> None:
+        step = self.trainer.num_steps
+        self.metrics.write({"step": step, **numbers})
+        if self.tensorboard is not None:
+            kind = numbers.pop("kind")
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def _advice(self, error: NonFinite) -> str:
+        good = latest_checkpoint(self.out)
+        return (
+            f"{error}; the last good checkpoint is {good if good is not None else '(none yet)'}. "
+            f"Try a smaller --lr (now {self.trainer.config.lr:g}), more --warmup-steps, or --skip-nonfinite"
+        )
+
+    def _record_environment(self) -> None:
+        path = self.out / ENVIRONMENT_FILE
+        starts = json.loads(path.read_text()) if path.exists() else []
+        now = {
+            "started_at_step": self.trainer.num_steps,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **environment(self.trainer.device),
+            "dtype": self.trainer.dtype_name,
+            "compiled": self.trainer.compiled,
+            "options": dataclasses.asdict(self.trainer.options),
+            "data_sha256": self.trainer.corpus.sha256,
+        }
+        atomic_write_json(path, [*starts, now])
+
+    def _finish(self) -> Result:
+        trainer = self.trainer
+        per_token = trainer.corpus.bytes_per_token
+        result = Result(
+            final_val_loss=self.val_loss,
+            bits_per_byte=None if per_token is None else self.val_loss / math.log(2) / per_token,
+            steps=trainer.num_steps,
+            tokens=trainer.num_steps * trainer.tokens_per_step,
+            skipped_steps=trainer.num_skipped,
+            num_parameters=trainer.model.num_parameters(),
+            train_seconds=self.train_seconds,
+            data_sha256=trainer.corpus.sha256,
+        )
+        atomic_write_json(self.out / RESULT_FILE, dataclasses.asdict(result))
+        skipped = f", {trainer.num_skipped} steps skipped" if trainer.num_skipped else ""
+        say(f"{self.title}: validation loss {self.val_loss:.4f} after {duration(self.train_seconds)}{skipped}")
+        return result
+
+
+def _tensorboard(out: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)

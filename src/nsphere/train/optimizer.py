@@ -1,0 +1,50 @@
+"""The optimizers of a run, built from the model and the recipe."""
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nsphere.layers import Decoder
+from nsphere.optim import keep_on_hypersphere
+from nsphere.train.config import TrainConfig
+
+
+def make_optimizers(model: Decoder, config: TrainConfig) -> list[Optimizer]:
+    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest.
+
+    Weight decay acts on matrices and embeddings only. Muon's update is scaled to the size of AdamW's
+    (`match_rms_adamw`), so that one learning rate serves both. Sphere matrices are kept on the sphere.
+    """
+    assert config.lr is not None and config.weight_decay is not None
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizers: list[Optimizer] = []
+    if config.optimizer == "muon":
+        in_blocks = {id(p) for p in model.get_submodule("blocks").parameters()}
+        hidden = [p for p in matrices if id(p) in in_blocks]
+        matrices = [p for p in matrices if id(p) not in in_blocks]
+        optimizers.append(
+            torch.optim.Muon(
+                hidden, lr=config.lr, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    groups: list[dict[str, object]] = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizers.append(
+        torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+    )
+    if getattr(model.config, "projection", None) == "step":
+        for optimizer in optimizers:
+            keep_on_hypersphere(model, optimizer)
+    return optimizers
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients together to a global norm of at most `max_norm` (0: leave them); their norm before."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return norm

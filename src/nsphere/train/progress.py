@@ -1,0 +1,66 @@
+"""What a person sees of long work: a bar with an ETA on a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """90 → 1:30, 4000 → 1:06:40."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class StepProgress:
+    """Progress over the steps of a run: `with StepProgress("ngpt", 600, every=30) as p: p.update(step, text)`.
+
+    Args:
+        title: what is being done.
+        total: steps in all.
+        every: steps between lines where the output is no terminal.
+        start: steps done before.
+    """
+
+    def __init__(self, title: str, total: int, every: int, start: int = 0) -> None:
+        self.title, self.total, self.every, self.start = title, total, max(1, every), start
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> "StepProgress":
+        self._began = time.perf_counter()
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=console,
+            )
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.start, text="")
+            self._bar.start()
+        return self
+
+    def update(self, step: int, text: str) -> None:
+        """Show that `step` steps are done; `text` says how it goes."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif step % self.every == 0 or step == self.total:
+            elapsed = time.perf_counter() - self._began
+            left = elapsed / max(1, step - self.start) * (self.total - step)
+            console.print(f"{self.title}: step {step}/{self.total}  {text}  ETA {duration(left)}", markup=False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def say(text: str) -> None:
+    """One plain line to the person watching."""
+    console.print(text, markup=False)
