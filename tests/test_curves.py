@@ -149,6 +149,14 @@ class TestRatioCurve:
         assert made["loss"] == [3.0, 2.5, 2.0, 1.5, 1.4, 1.25]
         assert made["arms"]["ngpt"]["tokens_ratio"][1] == pytest.approx(10 / 15)
 
+    def test_what_is_reached_before_the_first_evaluation_has_no_ratio(self):
+        """There the crossing would lie on a straight line from the untrained model."""
+        arms = self.arms()
+        arms["ngpt"]["seeds"]["0"]["curve"]["val_loss"] = [5.0, 2.5, 2.0, 1.4, 1.0]
+        made = curves.ratio_curve(arms, "gpt")
+        assert made["loss"][:3] == [3.0, 2.5, 2.0]
+        assert made["arms"]["ngpt"]["tokens_ratio"][:3] == [None, pytest.approx(5 / 15), pytest.approx(0.5)]
+
     def test_what_is_never_reached_has_no_ratio(self):
         arms = self.arms()
         arms["ngpt"]["seeds"]["0"]["curve"]["val_loss"] = [5.0, 3.0, 2.0, 1.8, 1.75]

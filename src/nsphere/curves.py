@@ -103,9 +103,9 @@ def ratio_curve(arms: Arms, best: str | None) -> dict[str, Any]:
     """What every other arm needs to reach each loss, over what the best GPT arm needed.
 
     The losses are the whole range that the best GPT arm covers, from its first evaluation after the start
-    down to its lowest. (Before its first evaluation only a straight line from the untrained model is known,
-    and a ratio there would describe that line.) Every evaluation of every arm in that range is a point, so
-    between two neighbours all curves are straight.
+    down to its lowest. Before an arm's first evaluation only a straight line from the untrained model is known,
+    and a ratio there would describe that line: it is left out, for the best GPT arm and for the others alike.
+    Every evaluation of every arm in that range is a point, so between two neighbours all curves are straight.
 
     Args:
         arms: the summary's `arms`; read are the seeds' curves and `tokens_per_second`.
@@ -113,8 +113,9 @@ def ratio_curve(arms: Arms, best: str | None) -> dict[str, Any]:
 
     Returns:
         `loss` (descending); `tokens` and `seconds`, what the best GPT arm needed for it; and `arms`, for
-        each other arm: `tokens_ratio` and `seconds_ratio` (a number per loss, None where it is never reached
-        or, for seconds, where the timing is missing) and `lowest_loss`, the lowest loss on its mean curve.
+        each other arm: `tokens_ratio` and `seconds_ratio` (a number per loss, None where it is never reached,
+        reached before the arm's first evaluation or, for seconds, where the timing is missing) and
+        `lowest_loss`, the lowest loss on its mean curve.
     """
     curve = {name: mean_curve(arm) for name, arm in arms.items()}
     empty: dict[str, Any] = {"best_gpt_arm": best, "loss": [], "tokens": [], "seconds": [], "arms": {}}
@@ -132,7 +133,9 @@ def ratio_curve(arms: Arms, best: str | None) -> dict[str, Any]:
     losses = sorted(levels, reverse=True)
 
     def needed(name: str) -> list[float | None]:
-        return [tokens_to_reach(curve[name]["tokens"], curve[name]["val_loss"], loss) for loss in losses]
+        first = next((t for t in curve[name]["tokens"] if t > 0), math.inf)
+        reached = [_to_reach(curve[name], loss) for loss in losses]
+        return [t if t is not None and t >= first else None for t in reached]
 
     tokens = {name: needed(name) for name in arms}
     seconds = {name: [_seconds(t, arms[name]) for t in tokens[name]] for name in arms}
