@@ -93,6 +93,11 @@ class GPT(Decoder):
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights()
 
+    def reset_parameters(self) -> None:
+        """As in a fresh model; see Decoder."""
+        super().reset_parameters()
+        self.init_weights()
+
     def init_weights(self) -> None:
         """N(0, init_std) everywhere, the two that write to the residual divided by √(2 num_layers)."""
         std = self.config.init_std

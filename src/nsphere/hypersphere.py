@@ -202,15 +202,31 @@ class NormDeviation(NamedTuple):
     row: int
 
 
+def _deviations(weight: Tensor, dim: int) -> Tensor:
+    norms = torch.linalg.vector_norm(weight.detach(), dim=dim, dtype=torch.float64).flatten()
+    return (norms - 1).abs().nan_to_num(nan=torch.inf)
+
+
+def project_what_is_off_(model: nn.Module) -> None:
+    """Project those matrices that have a vector with |‖w‖ − 1| > 1e-6 (or the dtype's eps, where that is more).
+
+    The others keep every bit, which a matrix that is on the sphere does not when it is projected again.
+    """
+    off = [
+        (m.weight, m.dim)
+        for m in sphere_matrices(model)
+        if _deviations(m.weight, m.dim).max() > max(1e-6, torch.finfo(m.weight.dtype).eps)
+    ]
+    _normalize_matrices_(off)
+
+
 @torch.no_grad()
 def max_norm_deviation(model: nn.Module) -> NormDeviation | None:
     """The largest |‖w‖ − 1| over all sphere matrices, norms taken in fp64; None where there are none."""
     worst: NormDeviation | None = None
     for name, weight, dim in sphere_matrices(model):
-        deviation = (torch.linalg.vector_norm(weight, dim=dim, dtype=torch.float64) - 1).abs().flatten()
-        # NaN counts as worst: `not <=` is true for it
-        value, index = deviation.nan_to_num(nan=torch.inf).max(0)
-        if worst is None or not value.item() <= worst.value:
+        value, index = _deviations(weight, dim).max(0)
+        if worst is None or value.item() > worst.value:
             worst = NormDeviation(value.item(), name, int(index))
     return worst
 

@@ -1,6 +1,6 @@
 """What GPT and nGPT share: attention, SwiGLU, and the decoder around the blocks.
 
-Shapes: B batch, T tokens, S cached and new tokens, H query heads, K key and value heads, D head_dim, d d_model, V words.
+Shapes: B batch, T tokens, S cached and new, H query heads, K key and value heads, D head_dim, d d_model, V words.
 """
 
 from collections.abc import Sequence
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
         """Parameters and tables as in a fresh model: what one built on the meta device needs after `to_empty`."""
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+                module.reset_parameters()  # type: ignore[operator]
         self._set_rope_tables(self.config.context)
 
     def _set_rope_tables(self, num_positions: int) -> None:

@@ -17,7 +17,7 @@ from nsphere.qk_norm import QKNorm
 
 
 class NvidiaQKNorm(QKNorm):
-    """QK-norm after the reference's rotary code, which leaves out the x·cos term of a rotation; `multiplier` is for both.
+    """QK-norm after the reference's rotary code, without the x·cos term of a rotation; `multiplier` is for both.
 
     out[2i] = −x[2i+1] C[i], out[2i+1] = x[2i] S[i]: an odd step of the pairs, scaled by two different angles.
     """
