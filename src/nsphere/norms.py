@@ -1,6 +1,6 @@
-"""Norms over the last dimension: L2, RMS, LayerNorm, and the registry through which any other norm gets a name.
+"""Norms over the last dimension: L2, RMS, LayerNorm, and the registry that gives any other norm a name.
 
-Shape legend: x is [..., D], or [..., H, D] where the weights differ per head; D is the width that is normalised.
+Shape legend: x is [..., D], or [..., H, D] where weights differ per head; D is the width that is normalised.
 """
 
 import abc
@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -44,27 +44,25 @@ class NormSpec:
     root: Root = "rsqrt"
     """How 1/√ is computed, which shows in the last bit: rsqrt(s), s^-½ by pow, or a division by sqrt(s)."""
     scale: float = 1.0
-    """A constant factor on the result."""
+    """A constant factor on the result, applied where the weight is."""
 
 
 class Norm(nn.Module, abc.ABC):
     """A map from x to a normalised x over its last dimension, which owns its eps, weight and rounding.
 
-    Subclass it and write `forward`, and it works wherever a norm is asked for; `register_norm` gives it a name.
+    Subclass it and write `forward`, and it works wherever a norm is asked for; `register_norm` names it.
 
-    The rounding of the built-in norms (`weight_cast`), for inputs below fp32; statistics are fp32 in all but "input":
+    The rounding points of the built-in norms (`weight_cast`), for inputs below fp32. The sums are fp32 always.
         "fused":  fp32 throughout, one rounding at the end; QKNorm carries fp32 on through RoPE and multiplier.
         "before": weight and bias in fp32, then one rounding (Gemma, OLMo 2, torch.nn.RMSNorm).
         "after":  rounded to the input's dtype, then weight and bias (Llama, T5).
-        "input":  everything in the input's dtype.
+        "input":  1/root rounded to the input's dtype, in which everything is then multiplied.
         "torch":  torch's own F.layer_norm, F.rms_norm or F.normalize in the input's dtype.
     """
 
-    spec: NormSpec | None = None
-
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D], in the dtype of x."""
+        """Map x [..., D] to [..., D], in the dtype of x."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -72,54 +70,64 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def inverse_root(s: Tensor, eps: float, place: EpsPlace, root: Root = "rsqrt") -> Tensor:
-    """1/√s with eps where `place` says; 0 where nothing keeps the root from being zero.
+def eps_of(spec: NormSpec, dtype: torch.dtype) -> float:
+    """The eps used on input of this dtype: the one given, or the dtype's own."""
+    return torch.finfo(dtype).eps if spec.eps is None else spec.eps
 
-    Args:
-        s: a mean or a sum of squares, non-negative.
-        eps: non-negative.
-        place: "inside" 1/√(s + eps), "clamp" 1/max(√s, eps), "added" 1/(√s + eps).
-        root: which of torch's functions computes "inside".
+
+def inverse_root(s: Tensor, spec: NormSpec, eps: float) -> Tensor:
+    """1/√s with eps where `spec.eps_place` says; 0 where nothing keeps the root from being zero.
+
+    "inside" is 1/√(s + eps), "clamp" 1/max(√s, eps), "added" 1/(√s + eps); s is a mean or sum of squares.
     """
-    if place == "inside" and eps > 0:
+    if spec.eps_place == "inside" and eps > 0:
         s = s + eps
-        if root == "rsqrt":
+        if spec.root == "rsqrt":
             return torch.rsqrt(s)
-        return torch.pow(s, -0.5) if root == "pow" else 1 / torch.sqrt(s)
-    # √ has an infinite slope at zero, so the zero rows take a detour through 1 and leave with value and slope 0
+        return torch.pow(s, -0.5) if spec.root == "pow" else 1 / torch.sqrt(s)
+    # √ has an infinite slope at zero: zero rows take a detour through 1 and leave with value and slope 0
     alive = s > 0
     safe = torch.where(alive, s, 1.0)
     if eps == 0:
         inverse = torch.rsqrt(safe)
-    elif place == "clamp":
+    elif spec.eps_place == "clamp":
         inverse = 1 / torch.sqrt(safe).clamp_min(eps)
     else:
         inverse = 1 / (torch.sqrt(safe) + eps)
     return torch.where(alive, inverse, 0.0)
 
 
-class _StatisticNorm(Norm):
+def standardize(x: Tensor, spec: NormSpec, eps: float, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
+    """((x - centre) / root, 1/root) over `dims`, in x's own dtype, without weight, bias or scale."""
+    if spec.statistic == "layer":
+        x = x - x.mean(dims, keepdim=True)
+    squares = x.pow(2)
+    s = squares.sum(dims, keepdim=True) if spec.statistic == "l2" else squares.mean(dims, keepdim=True)
+    inverse = inverse_root(s, spec, eps)
+    return x * inverse, inverse
+
+
+class StatisticNorm(Norm):
     """The built-in family: (x - centre) / root(statistic) · weight + bias, described by its `spec`."""
 
-    def __init__(self, dim: int, spec: NormSpec, *, num_heads: int | None, device: Any, dtype: Any):
+    spec: NormSpec
+
+    def __init__(
+        self, dim: int, spec: NormSpec, *, num_heads: int | None = None, device: Any = None, dtype: Any = None
+    ):
         super().__init__()
         if dim < 1:
             raise ValueError(f"{type(self).__name__} got dim={dim}; give the width it normalises, at least 1")
         _check_choices(type(self).__name__, spec)
-        self.spec: NormSpec = spec
+        self.spec = spec
         self.dim = dim
         self.num_heads = num_heads
         shape = _weight_shape(type(self).__name__, dim, spec.weight, num_heads)
         if shape is None and spec.bias:
-            raise ValueError(
-                f'{type(self).__name__} got bias=True with weight="none"; give the weight a shape'
-            )
-        self.weight = (
-            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if shape is not None else None
-        )
-        self.bias = (
-            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if spec.bias and shape else None
-        )
+            raise ValueError(f'{type(self).__name__} got bias=True with weight="none"; give the weight a shape')
+        empty = None if shape is None else torch.empty(shape, device=device, dtype=dtype)
+        self.weight = None if empty is None else nn.Parameter(empty)
+        self.bias = nn.Parameter(torch.empty_like(empty)) if spec.bias and empty is not None else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -129,54 +137,44 @@ class _StatisticNorm(Norm):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def eps_for(self, x: Tensor) -> float:
-        """The eps used on x: the one given, or the eps of its dtype."""
-        return torch.finfo(x.dtype).eps if self.spec.eps is None else self.spec.eps
-
     def factor(self, dtype: torch.dtype | None = None) -> Tensor | None:
         """The weight as it multiplies, 1 + w where zero-centred, broadcastable to [..., D] or [..., H, D]."""
-        if self.weight is None:
-            return None
-        weight = self._shaped(self.weight if dtype is None else self.weight.to(dtype))
-        return 1 + weight if self.spec.zero_centered else weight
+        weight = self._shaped(self.weight, dtype)
+        return 1 + weight if weight is not None and self.spec.zero_centered else weight
 
     def shift(self, dtype: torch.dtype | None = None) -> Tensor | None:
         """The bias, broadcastable to [..., D] or [..., H, D]."""
-        if self.bias is None:
+        return self._shaped(self.bias, dtype)
+
+    def _shaped(self, w: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+        if w is None:
             return None
-        return self._shaped(self.bias if dtype is None else self.bias.to(dtype))
-
-    def _shaped(self, w: Tensor) -> Tensor:
+        w = w if dtype is None else w.to(dtype)
         if self.spec.weight == "full":
-            return w.view(self.num_heads or 1, self.dim)
+            return w.view(-1, self.dim)
         return w.unsqueeze(-1) if self.spec.weight == "scalar_per_head" else w
-
-    def standardize(self, x: Tensor, eps: float) -> Tensor:
-        """(x - centre) · 1/root in x's own dtype, without weight or bias: [..., D] -> [..., D]."""
-        if self.spec.statistic == "layer":
-            x = x - x.mean(-1, keepdim=True)
-        squares = x.pow(2)
-        s = squares.sum(-1, keepdim=True) if self.spec.statistic == "l2" else squares.mean(-1, keepdim=True)
-        y = x * inverse_root(s, eps, self.spec.eps_place, self.spec.root)
-        return y if self.spec.scale == 1 else y * self.spec.scale
 
     def apply_fp32(self, x: Tensor) -> Tensor:
         """The whole norm without any rounding below fp32: x [..., D] of any dtype -> fp32 (fp64 for fp64)."""
         dtype = compute_dtype(x)
-        return self._affine(self.standardize(x.to(dtype), self.eps_for(x)), dtype)
+        y, _ = standardize(x.to(dtype), self.spec, eps_of(self.spec, x.dtype))
+        return self._affine(y, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] (or [..., H, D] with weights per head) -> the same shape, rounded as `weight_cast` says."""
+        """Normalise x [..., D] (or [..., H, D] with weights per head), rounded as `weight_cast` says."""
         self.check_input(x)
-        cast = self.spec.weight_cast
+        cast, eps = self.spec.weight_cast, eps_of(self.spec, x.dtype)
         if cast in ("fused", "before"):
             return self.apply_fp32(x).to(x.dtype)
         if cast == "torch":
-            return self._torch(x)
+            return self._torch(x, eps)
+        weight_dtype = None if self.spec.promote else x.dtype
         if cast == "input":
-            return self._affine(self.standardize(x, self.eps_for(x)), None if self.spec.promote else x.dtype)
-        normed = self.standardize(x.to(compute_dtype(x)), self.eps_for(x)).to(x.dtype)
-        return self._affine(normed, None if self.spec.promote else x.dtype)
+            return self._in_input_dtype(x, eps, weight_dtype)
+        if self.spec.statistic == "layer":
+            return self._affine(F.layer_norm(x, (self.dim,), eps=eps), weight_dtype)
+        y, _ = standardize(x.to(compute_dtype(x)), self.spec, eps)
+        return self._affine(y.to(x.dtype), weight_dtype)
 
     def check_input(self, x: Tensor) -> None:
         """Raises ValueError for another width or head count, TypeError for integers."""
@@ -194,29 +192,45 @@ class _StatisticNorm(Norm):
                 f"give [..., {self.num_heads}, {self.dim}]"
             )
 
-    def _affine(self, y: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def _affine(self, y: Tensor, dtype: torch.dtype | None, scale: float | None = None) -> Tensor:
         factor, shift = self.factor(dtype), self.shift(dtype)
-        if factor is not None:
-            y = y * factor
+        scale = self.spec.scale if scale is None else scale
+        y = y if factor is None else y * factor
+        y = y if scale == 1 else y * scale
         return y if shift is None else y + shift
 
-    def _torch(self, x: Tensor) -> Tensor:
+    def _in_input_dtype(self, x: Tensor, eps: float, weight_dtype: torch.dtype | None) -> Tensor:
+        spec = self.spec
+        if spec.statistic == "l2" and spec.eps_place == "clamp":
+            # scale and root meet in one division, as the module this reproduces (Zaya's) writes it
+            y = x * (spec.scale / x.norm(dim=-1, keepdim=True).clamp_min(eps))
+            return self._affine(y, weight_dtype, scale=1.0)
+        centred = x - x.mean(-1, keepdim=True) if spec.statistic == "layer" else x
+        _, inverse = standardize(x.to(compute_dtype(x)), spec, eps)
+        return self._affine(centred * inverse.to(x.dtype), weight_dtype)
+
+    def _torch(self, x: Tensor, eps: float) -> Tensor:
         spec, width = self.spec, (self.dim,)
         weight, bias = self.factor(x.dtype), self.shift(x.dtype)
-        one_row = weight is not None and weight.shape == width
+        if spec.weight in ("per_head", "full") and spec.statistic != "l2" and weight is not None:
+            biases = [None] * len(weight) if bias is None else list(bias)
+            rows = zip(x.unbind(-2), weight, biases, strict=True)
+            return torch.stack([self._torch_row(row, w, b, eps) for row, w, b in rows], -2)
+        if spec.weight in ("none", "shared") and spec.statistic != "l2":
+            return self._torch_row(x, weight, bias, eps)
         if spec.statistic == "layer":
-            if one_row or weight is None:
-                return F.layer_norm(x, width, weight, bias, self.eps_for(x))
-            y = F.layer_norm(x, width, eps=self.eps_for(x))
-        elif spec.statistic == "rms":
-            if one_row and bias is None:
-                return F.rms_norm(x, width, weight, spec.eps)
-            y = F.rms_norm(x, width, eps=spec.eps)
+            y = F.layer_norm(x, width, eps=eps)
         else:
-            y = F.normalize(x, dim=-1, eps=self.eps_for(x))
-        y = y if spec.scale == 1 else y * spec.scale
-        y = y if weight is None else y * weight
-        return y if bias is None else y + bias
+            y = F.rms_norm(x, width, eps=eps) if spec.statistic == "rms" else F.normalize(x, dim=-1, eps=eps)
+        return self._affine(y, x.dtype)
+
+    def _torch_row(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        if self.spec.statistic == "layer":
+            y = F.layer_norm(x, (self.dim,), weight, bias, eps)
+        else:
+            y = F.rms_norm(x, (self.dim,), weight, eps)
+            y = y if bias is None else y + bias
+        return y if self.spec.scale == 1 else y * self.spec.scale
 
     def extra_repr(self) -> str:
         """The fields that differ from their defaults."""
@@ -229,24 +243,19 @@ class _StatisticNorm(Norm):
         return ", ".join(shown)
 
 
-class L2Norm(_StatisticNorm):
-    """x / ‖x‖₂ · weight, the unit norm (nGPT; Henry et al. 2020); a zero row stays zero, with zero gradient.
+class L2Norm(StatisticNorm):
+    """The unit norm, x / ‖x‖₂ · weight (nGPT; Henry et al. 2020); a zero row stays zero, with zero gradient.
 
     With the default eps=0 nothing distorts short rows: a row of norm 1e-4 leaves with norm 1.
 
     Args:
         dim: D, the width of the normalised dimension.
         eps: 0, or a small number; None takes the eps of the input's dtype.
-        eps_place: "inside" √(Σx² + eps), "clamp" max(√Σx², eps) as F.normalize, "added" √Σx² + eps.
         weight: "none", "shared" [D], "per_head" [H, D], "full" [H·D], "scalar_per_head" [H] or "scalar" [1].
         num_heads: H, needed by weights that differ per head.
-        bias: add a bias of the weight's shape.
-        zero_centered: multiply by 1 + weight, with weight initialised to 0.
-        weight_cast: where values are rounded; see `Norm`.
-        promote: let a weight wider than the input widen the output.
-        scale: a constant factor on the result.
         device: where the weight lives.
         dtype: the weight's dtype.
+        **fields: the other fields of NormSpec: eps_place, bias, zero_centered, weight_cast, promote, root, scale.
     """
 
     def __init__(
@@ -254,71 +263,75 @@ class L2Norm(_StatisticNorm):
         dim: int,
         *,
         eps: float | None = 0.0,
-        eps_place: EpsPlace = "inside",
         weight: WeightShape = "none",
         num_heads: int | None = None,
-        bias: bool = False,
-        zero_centered: bool = False,
-        weight_cast: WeightCast = "fused",
-        promote: bool = False,
-        root: Root = "rsqrt",
-        scale: float = 1.0,
         device: Any = None,
         dtype: Any = None,
+        **fields: Any,
     ):
-        spec = NormSpec("l2", eps, eps_place, weight, bias, zero_centered, weight_cast, promote, root, scale)
+        spec = NormSpec("l2", eps, weight=weight, **fields)
         super().__init__(dim, spec, num_heads=num_heads, device=device, dtype=dtype)
 
 
-class RMSNorm(_StatisticNorm):
-    """x / √(mean x² + eps) · weight. Arguments as in `L2Norm`; the weight is shared [D] unless said otherwise."""
+class RMSNorm(StatisticNorm):
+    """x / √(mean x² + eps) · weight. Arguments as in `L2Norm`; by default one weight [D] shared by the heads."""
 
     def __init__(
         self,
         dim: int,
         *,
         eps: float | None = 1e-6,
-        eps_place: EpsPlace = "inside",
         weight: WeightShape = "shared",
         num_heads: int | None = None,
-        bias: bool = False,
-        zero_centered: bool = False,
-        weight_cast: WeightCast = "fused",
-        promote: bool = False,
-        root: Root = "rsqrt",
-        scale: float = 1.0,
         device: Any = None,
         dtype: Any = None,
+        **fields: Any,
     ):
-        spec = NormSpec("rms", eps, eps_place, weight, bias, zero_centered, weight_cast, promote, root, scale)
+        spec = NormSpec("rms", eps, weight=weight, **fields)
         super().__init__(dim, spec, num_heads=num_heads, device=device, dtype=dtype)
 
 
-class LayerNorm(_StatisticNorm):
-    """(x - mean) / √(var + eps) · weight + bias. Arguments as in `L2Norm`; a shared weight and a bias by default."""
+class LayerNorm(StatisticNorm):
+    """(x - mean) / √(var + eps) · weight + bias. Arguments as in `L2Norm`; by default weight and bias [D]."""
 
     def __init__(
         self,
         dim: int,
         *,
         eps: float | None = 1e-5,
-        eps_place: EpsPlace = "inside",
         weight: WeightShape = "shared",
-        num_heads: int | None = None,
         bias: bool | None = None,
-        zero_centered: bool = False,
-        weight_cast: WeightCast = "fused",
-        promote: bool = False,
-        root: Root = "rsqrt",
-        scale: float = 1.0,
+        num_heads: int | None = None,
         device: Any = None,
         dtype: Any = None,
+        **fields: Any,
     ):
         bias = weight != "none" if bias is None else bias
-        spec = NormSpec(
-            "layer", eps, eps_place, weight, bias, zero_centered, weight_cast, promote, root, scale
-        )
+        spec = NormSpec("layer", eps, weight=weight, bias=bias, **fields)
         super().__init__(dim, spec, num_heads=num_heads, device=device, dtype=dtype)
+
+
+class L2Clip(Norm):
+    """w·x · min(1, max_norm / (‖w·x‖₂ + eps)): long rows shrink to max_norm, short ones pass (Inkling 2).
+
+    Args:
+        dim: D.
+        max_norm: the longest norm a row leaves with.
+        eps: added to the norm.
+        num_heads: with it, a weight [H, D] multiplies x first; without it there is none.
+    """
+
+    def __init__(self, dim: int, *, max_norm: float, eps: float = 1e-6, num_heads: int | None = None):
+        super().__init__()
+        self.dim, self.max_norm, self.eps = dim, max_norm, eps
+        self.weight = nn.Parameter(torch.ones(num_heads, dim)) if num_heads else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Clip x [..., D] (or [..., H, D]) in fp32, rounding once."""
+        y = x.to(compute_dtype(x))
+        y = y if self.weight is None else y * self.weight.to(y.dtype)
+        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        return (y * (self.max_norm / (norm + self.eps)).clamp(max=1.0)).to(x.dtype)
 
 
 class FunctionNorm(Norm):
@@ -330,7 +343,7 @@ class FunctionNorm(Norm):
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> function(x) in the dtype of x."""
+        """Call the function on x [..., D]; its result leaves in the dtype of x."""
         return self.function(x).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -348,8 +361,8 @@ def register_norm(name: str) -> Callable[[Any], Any]:
         name: a new name; one that is taken raises ValueError.
 
     Returns:
-        A decorator for an nn.Module class built as cls(dim) (cls(dim, num_heads=...) if it takes num_heads), or
-        for a function from a tensor [..., D] to one of the same shape.
+        A decorator for an nn.Module class built as cls(dim), or cls(dim, num_heads=...) if it takes num_heads;
+        or for a function from a tensor [..., D] to one of the same shape.
     """
     if name in _NORMS:
         raise ValueError(f"the norm name {name!r} is taken by {_NORMS[name]!r}; choose another name")
@@ -357,9 +370,7 @@ def register_norm(name: str) -> Callable[[Any], Any]:
     def register(norm: Any) -> Any:
         is_class = isinstance(norm, type) and issubclass(norm, nn.Module)
         if not is_class and not callable(norm):
-            raise TypeError(
-                f"register_norm got {norm!r}; give an nn.Module class or a function of one tensor"
-            )
+            raise TypeError(f"register_norm got {norm!r}; give an nn.Module class or a function of one tensor")
         _NORMS[name] = norm if is_class else partial(FunctionNorm, norm)
         return norm
 
@@ -375,8 +386,8 @@ def make_norm(norm: Any, dim: int, *, num_heads: int | None = None, **options: A
     """Build a norm from whatever way it was asked for.
 
     Args:
-        norm: a registered name, an nn.Module class, a functools.partial of one, an nn.Module instance (returned as
-            it is) or None (no norm).
+        norm: a registered name, an nn.Module class, a functools.partial of one, an nn.Module instance
+            (returned as it is) or None (no norm).
         dim: D, passed as the first argument.
         num_heads: H, passed on to what takes it.
         **options: further keyword arguments of the norm.
@@ -390,9 +401,7 @@ def make_norm(norm: Any, dim: int, *, num_heads: int | None = None, **options: A
         return norm
     if isinstance(norm, str):
         if norm not in _NORMS:
-            raise ValueError(
-                f"unknown norm {norm!r}; known: {', '.join(norm_names())}; add one with register_norm"
-            )
+            raise ValueError(f"unknown norm {norm!r}; known: {', '.join(norm_names())}; add one with register_norm")
         norm = _NORMS[norm]
     if not callable(norm):
         raise TypeError(f"a norm is a name, a class, a partial, an instance or None; got {norm!r}")
@@ -408,13 +417,15 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def _check_choices(owner: str, spec: NormSpec) -> None:
-    allowed = {"eps_place": EpsPlace, "weight": WeightShape, "weight_cast": WeightCast, "root": Root}
-    for field, choices in allowed.items():
-        value = getattr(spec, field)
-        if value not in choices.__args__:
-            raise ValueError(
-                f"{owner} got {field}={value!r}; choose from {', '.join(map(repr, choices.__args__))}"
-            )
+    for field, alias in (
+        ("eps_place", EpsPlace),
+        ("weight", WeightShape),
+        ("weight_cast", WeightCast),
+        ("root", Root),
+    ):
+        value, choices = getattr(spec, field), get_args(alias)
+        if value not in choices:
+            raise ValueError(f"{owner} got {field}={value!r}; choose from {', '.join(map(repr, choices))}")
     if spec.eps is not None and spec.eps < 0:
         raise ValueError(f"{owner} got eps={spec.eps}; give 0 or a small positive number")
 

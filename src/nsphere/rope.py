@@ -31,17 +31,17 @@ class RopeSpec:
     output: Literal["same", "half"] = "same"
     """"half" leaves interleaved pairs in half order, as the DeepSeek family does."""
     blocks: int = 1
-    """The rotated dims split into this many equal blocks, each paired within itself (2 for two-axis vision RoPE)."""
-    table_dtype: torch.dtype | None = None
-    """The tables are rounded to this first; None is the compute dtype."""
-    compute_dtype: torch.dtype | None = torch.float32
-    """The rotation's dtype; None is the input's (Hugging Face's usual order, which rounds three times)."""
+    """The rotated dims split into this many equal blocks, each paired within itself (2 for two-axis RoPE)."""
+    table_dtype: torch.dtype | Literal["input"] | None = None
+    """The tables are rounded to this first; "input" is the dtype of q and k, None takes them as they are."""
+    compute_dtype: torch.dtype | Literal["input"] = torch.float32
+    """The rotation's dtype; "input" is that of q and k (Hugging Face's usual order, which rounds three times)."""
 
     def __post_init__(self) -> None:
         if self.dim <= 0 or self.dim % (2 * self.blocks):
             raise ValueError(
-                f"RopeSpec got dim={self.dim} in {self.blocks} block(s); give a positive multiple of {2 * self.blocks}: "
-                "dims turn in pairs"
+                f"RopeSpec got dim={self.dim} in {self.blocks} block(s); dims turn in pairs, "
+                f"so give a positive multiple of {2 * self.blocks}"
             )
         for field, allowed in {
             "layout": ("half", "interleaved"),
@@ -52,10 +52,8 @@ class RopeSpec:
             if getattr(self, field) not in allowed:
                 raise ValueError(f"RopeSpec got {field}={getattr(self, field)!r}; choose from {allowed}")
 
-    def tables(
-        self, positions: int | Tensor, *, offset: int = 0, device: object = None
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin of position · base^(-2i/R), fp32, from angles in fp64 (fp32 angles drift at long context).
+    def tables(self, positions: int | Tensor, *, offset: int = 0, device: object = None) -> tuple[Tensor, Tensor]:
+        """The cosines and sines of position · base^(-2i/R), from angles in fp64: in fp32 they drift with length.
 
         Args:
             positions: the number of positions T, or a tensor of positions [...].
@@ -88,59 +86,57 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec) -> Tensor:
     Returns:
         x's shape and dtype.
     """
-    x_turned = rotate(x, cos, sin, spec, compute=spec.compute_dtype or x.dtype)
-    return x_turned.to(x.dtype)
+    return rotate(x, cos, sin, spec).to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, compute: torch.dtype) -> Tensor:
-    """`apply_rope` in the dtype `compute` (or x's where that is wider), which is also what it returns."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, *, inverse: bool = False) -> Tensor:
+    """`apply_rope` without the final rounding: the result has the dtype of the rotation.
+
+    With inverse=True the rotation is undone, which is also its transpose: what gradients go back through.
+    """
     if spec.dim > x.shape[-1]:
-        raise ValueError(
-            f"RopeSpec.dim is {spec.dim} and x has {x.shape[-1]} dims per head; give at most that"
-        )
-    compute = torch.promote_types(x.dtype, compute)
-    cos, sin = (_table(t, spec, compute) for t in (cos, sin))
-    if spec.sign < 0:
+        raise ValueError(f"RopeSpec.dim={spec.dim}, but x has {x.shape[-1]} dims per head; rotate at most those")
+    compute = x.dtype if spec.compute_dtype == "input" else torch.promote_types(x.dtype, spec.compute_dtype)
+    cos, sin = (_table(t, spec, x.dtype).to(compute) for t in (cos, sin))
+    if (spec.sign < 0) != inverse:
         sin = -sin
     x = x.to(compute)
-    rest = x.shape[-1] - spec.dim
-    if rest:
-        trailing = spec.where == "trailing"
-        still, turned = x.split((rest, spec.dim) if trailing else (spec.dim, rest), -1)[
-            :: 1 if trailing else -1
-        ]
-    else:
-        still, turned = None, x
-    turned = _rotate_pairs(turned, cos, sin, spec)
-    if still is None:
-        return turned
-    return torch.cat((still, turned) if spec.where == "trailing" else (turned, still), -1)
+    still_dims = x.shape[-1] - spec.dim
+    if not still_dims:
+        return _rotate_pairs(x, cos, sin, spec, inverse)
+    if spec.where == "trailing":
+        still, turned = x.split((still_dims, spec.dim), -1)
+        return torch.cat((still, _rotate_pairs(turned, cos, sin, spec, inverse)), -1)
+    turned, still = x.split((spec.dim, still_dims), -1)
+    return torch.cat((_rotate_pairs(turned, cos, sin, spec, inverse), still), -1)
 
 
-def _table(table: Tensor, spec: RopeSpec, compute: torch.dtype) -> Tensor:
-    if table.shape[-1] == spec.dim:
-        per_block = table.unflatten(-1, (spec.blocks, spec.dim // spec.blocks))
-        if spec.layout == "half":
-            table = per_block[..., : spec.dim // spec.blocks // 2].flatten(-2)
-        else:
+def _table(table: Tensor, spec: RopeSpec, input_dtype: torch.dtype) -> Tensor:
+    """The table as [..., 1, R/2], rounded as the spec asks."""
+    if table.shape[-1] == spec.dim:  # every angle stands twice
+        if spec.layout == "interleaved" and spec.output == "same":
             table = table[..., ::2]
+        else:
+            table = table.unflatten(-1, (spec.blocks, 2, -1))[..., 0, :].flatten(-2)
     elif table.shape[-1] != spec.dim // 2:
         raise ValueError(
-            f"a RoPE table of width {table.shape[-1]} does not fit RopeSpec.dim={spec.dim}; give {spec.dim // 2} "
-            f"(or {spec.dim}, every angle twice)"
+            f"a RoPE table of width {table.shape[-1]} does not fit RopeSpec.dim={spec.dim}; "
+            f"give {spec.dim // 2} (or {spec.dim}, every angle twice)"
         )
     if spec.table_dtype is not None:
-        table = table.to(spec.table_dtype)
-    return table.to(compute).unsqueeze(-2)
+        table = table.to(input_dtype if spec.table_dtype == "input" else spec.table_dtype)
+    return table.unsqueeze(-2)
 
 
-def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec) -> Tensor:
-    pair = (2, -1) if spec.layout == "half" else (-1, 2)
-    pair_dim = -2 if spec.layout == "half" else -1
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, inverse: bool) -> Tensor:
+    source = spec.layout
+    target = "half" if spec.output == "half" else spec.layout
+    if inverse:
+        source, target = target, source
     if spec.blocks > 1:
         cos, sin = (t.unflatten(-1, (spec.blocks, -1)) for t in (cos, sin))
         x = x.unflatten(-1, (spec.blocks, -1))
-    a, b = x.unflatten(-1, pair).unbind(pair_dim)
-    out_dim = -2 if spec.output == "half" else pair_dim
-    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), out_dim).flatten(-2)
+    a, b = x.unflatten(-1, (2, -1)).unbind(-2) if source == "half" else x.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = (a * cos - b * sin, b * cos + a * sin)
+    turned = torch.cat(pairs, -1) if target == "half" else torch.stack(pairs, -1).flatten(-2)
     return turned.flatten(-2) if spec.blocks > 1 else turned

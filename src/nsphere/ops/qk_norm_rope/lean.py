@@ -1,0 +1,120 @@
+"""The op for eager code: keeps little for the backward, and runs each direction as one compiled function.
+
+Of a weightless side the backward keeps the output, which attention keeps anyway; of the others the input, a view
+if it came as one; and 1/root of each. Under torch.compile nothing here is used: the surrounding graph takes the
+reference and fuses it.
+"""
+
+import dataclasses
+import functools
+import itertools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsphere.ops.qk_norm_rope import reference
+from nsphere.ops.qk_norm_rope.reference import SideSpec, SideTensors
+
+Flat = tuple[Tensor | None, ...]
+_NUM_FIELDS = len(dataclasses.fields(SideTensors))
+_serial = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one compiled pair of functions is made for; all else, the lengths above all, may vary freely."""
+
+    specs: tuple[SideSpec, SideSpec]
+    shapes: tuple[tuple[int, int], tuple[int, int]]
+    """(H, D) of q and of k."""
+    compiled: bool
+
+
+def run(sides: tuple[Tensor, Tensor], tensors: tuple[SideTensors, SideTensors], plan: Plan) -> tuple[Tensor, Tensor]:
+    """Apply the plan to q and k, with a backward that keeps little (first derivatives only)."""
+    flat = (*_flat(tensors[0]), *_flat(tensors[1]))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*sides, *flat)):
+        return _Function.apply(*sides, plan, *flat)
+    with torch.autocast(sides[0].device.type, enabled=False), torch.no_grad():
+        q, k, _, _ = _functions(plan)[0](*sides, *flat)
+    return q, k
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, plan: Plan, *flat: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.plan = plan
+        with torch.autocast(q.device.type, enabled=False):
+            q_out, k_out, q_inverse, k_inverse = _functions(plan)[0](q, k, *flat)
+        kept = [
+            _kept(x, y, t, spec) for x, y, t, spec in zip((q, k), (q_out, k_out), _sides(flat), plan.specs, strict=True)
+        ]
+        ctx.save_for_backward(*kept, q_inverse, k_inverse, *flat)
+        return q_out, k_out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(q_grad.device.type, enabled=False):
+            (dq, *q_rest), (dk, *k_rest) = _functions(ctx.plan)[1](q_grad, k_grad, *ctx.saved_tensors)
+        flat = ctx.saved_tensors[4:]
+        grads = (*_spread(q_rest), *_spread(k_rest))
+        grads = tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, flat, strict=True))
+        return dq, dk, None, *grads
+
+
+def _kept(x: Tensor, y: Tensor, t: SideTensors, spec: SideSpec) -> Tensor | None:
+    if reference.from_output(spec, t):
+        return None if spec.norm is None else y
+    return x
+
+
+def _flat(t: SideTensors) -> Flat:
+    return t.weight, t.bias, t.cos, t.sin, t.multiplier
+
+
+def _spread(grads: list[Tensor | None]) -> Flat:
+    dw, db, dm = grads
+    return dw, db, None, None, dm
+
+
+def _sides(flat: Flat) -> tuple[SideTensors, SideTensors]:
+    return SideTensors(*flat[:_NUM_FIELDS]), SideTensors(*flat[_NUM_FIELDS:])
+
+
+@functools.cache
+def _functions(plan: Plan) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    (q_heads, q_dim), (k_heads, k_dim) = plan.shapes
+
+    def forward(q: Tensor, k: Tensor, *flat: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        # comparing with numbers makes these dims constants to the compiler, while batch and length stay free
+        assert q.shape[-2] == q_heads and q.shape[-1] == q_dim
+        assert k.shape[-2] == k_heads and k.shape[-1] == k_dim
+        q_side, k_side = _sides(flat)
+        q, q_inverse = reference.forward(q, q_side, plan.specs[0])
+        k, k_inverse = reference.forward(k, k_side, plan.specs[1])
+        return q, k, q_inverse, k_inverse
+
+    def backward(q_grad: Tensor, k_grad: Tensor, *saved: Tensor | None) -> tuple[Flat, Flat]:
+        assert q_grad.shape[-2] == q_heads and q_grad.shape[-1] == q_dim
+        assert k_grad.shape[-2] == k_heads and k_grad.shape[-1] == k_dim
+        q_kept, k_kept, q_inverse, k_inverse, *flat = saved
+        q_side, k_side = _sides(tuple(flat))
+        return (
+            reference.backward(q_grad, q_kept, q_inverse, q_side, plan.specs[0]),
+            reference.backward(k_grad, k_kept, k_inverse, k_side, plan.specs[1]),
+        )
+
+    if not plan.compiled:
+        return forward, backward
+    return _compile(forward), _compile(backward)
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    # a code object of its own: the compiler counts its recompilations per code object, and gives up at eight
+    code = function.__code__.replace(co_name=f"qk_norm_rope_{function.__name__}_{next(_serial)}")
+    own = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
+    return torch.compile(own, dynamic=True, fullgraph=True)

@@ -1,0 +1,223 @@
+"""Norm, RoPE and multiplier of q or k, forward and backward, in plain PyTorch: the truth for every other backend.
+
+Shape legend: x is [B, T, H, D]; R rotated dims. Everything is fp32 inside (fp64 for fp64) and rounded once.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from nsphere.norms import NormSpec, compute_dtype, eps_of, standardize
+from nsphere.rope import RopeSpec, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class SideSpec:
+    """What happens to q, or to k: everything that is fixed when a QKNorm is built."""
+
+    norm: NormSpec | None
+    """The norm; None for RoPE and multiplier alone."""
+    rope: RopeSpec | None
+    """The rotation; None for none."""
+    norm_first: bool = True
+    """The norm before RoPE, or after it."""
+    over: str | int | tuple[int, int] = "head"
+    """"head", "full", the width of a group of consecutive dims, or a slice (start, stop) of each head."""
+    constant: float = 1.0
+    """A constant factor, beside the multiplier that is a tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SideTensors:
+    """The tensors that go with a SideSpec; None for what it does not have."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    multiplier: Tensor | None = None
+
+
+def forward(x: Tensor, t: SideTensors, spec: SideSpec) -> tuple[Tensor, Tensor | None]:
+    """Multiplier · RoPE(weight · (x / root) + bias), or the norm after RoPE.
+
+    Args:
+        x: [B, T, H, D], any strides.
+        t: the weights in the shapes of `NormSpec.weight`, tables [T, R/2] or [B, T, R/2], and a multiplier that
+            broadcasts to [B, T, H, D].
+        spec: what to do.
+
+    Returns:
+        y, as x; and 1/root, fp32 [B, T, H, 1] ([B, T, 1, 1] over all heads, one per group over groups), None
+        without a norm.
+    """
+    dtype, eps = x.dtype, 0.0 if spec.norm is None else eps_of(spec.norm, x.dtype)
+    x = x.to(compute_dtype(x))
+    inverse = None
+    if spec.norm is not None and spec.norm_first:
+        x, inverse = _norm(x, t, spec, eps)
+    if spec.rope is not None and t.cos is not None and t.sin is not None:
+        x = rotate(x, t.cos, t.sin, spec.rope)
+    if spec.norm is not None and not spec.norm_first:
+        x, inverse = _norm(x, t, spec, eps)
+    return _multiply(x, t.multiplier, spec.constant).to(dtype), inverse
+
+
+def from_output(spec: SideSpec, t: SideTensors) -> bool:
+    """Whether the backward can start from the output, so that the input need not be kept.
+
+    It can where the output gives the standardised input back: no weight, no multiplier that is a tensor.
+    """
+    scale = spec.constant if spec.norm is None else spec.constant * spec.norm.scale
+    return t.weight is None and t.multiplier is None and scale != 0
+
+
+def backward(
+    grad: Tensor, saved: Tensor | None, inverse: Tensor | None, t: SideTensors, spec: SideSpec
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight, bias and multiplier.
+
+    With u the gradient at the standardised x̂ and r = 1/root: dx = r · (u - x̂ · mean(u · x̂)) for RMS; the sum in
+    place of the mean for L2; and u less its mean for LayerNorm.
+
+    Args:
+        grad: [B, T, H, D].
+        saved: the output where `from_output`, else the input; None where neither is needed.
+        inverse: 1/root, as `forward` returned it.
+        t: as in `forward`.
+        spec: as in `forward`; over a slice it is not supported.
+    """
+    dtype = grad.dtype
+    wide = compute_dtype(grad)
+    grad = grad.to(wide)
+    u = _multiply(grad, t.multiplier, spec.constant)
+    cos, sin, rope = t.cos, t.sin, spec.rope
+
+    def turn(y: Tensor, inverse: bool = False) -> Tensor:
+        if rope is None or cos is None or sin is None:
+            return y
+        return rotate(y, cos, sin, rope, inverse=inverse)
+
+    if spec.norm is None:
+        dm = None
+        if t.multiplier is not None and saved is not None:
+            dm = _sum_to(grad * turn(saved.to(wide)) * spec.constant, t.multiplier)
+        return turn(u, inverse=True).to(dtype), None, None, dm
+
+    norm, eps = spec.norm, eps_of(spec.norm, dtype)
+    assert saved is not None and inverse is not None
+    saved = saved.to(wide)
+    if spec.norm_first:
+        u = turn(u, inverse=True)
+    u, dims = groups(u, spec.over)
+    factor = broadcast(t.weight, spec, grad.shape, wide)
+    if from_output(spec, t):
+        saved = saved / (spec.constant * norm.scale)
+        standard, _ = groups(_unrotate(saved, t, spec) if spec.norm_first else saved, spec.over)
+    else:
+        standard, _ = groups(saved if spec.norm_first else turn(saved), spec.over)
+        if norm.statistic == "layer":
+            standard = standard - standard.mean(dims, keepdim=True)
+        standard = standard * inverse
+
+    dw = db = dm = None
+    if t.weight is not None and factor is not None:
+        dw = _sum_to(u * standard * norm.scale, factor).reshape(t.weight.shape)
+        db = None if t.bias is None else _sum_to(u, factor).reshape(t.bias.shape)
+    factor = 1 + factor if factor is not None and norm.zero_centered else factor
+    if t.multiplier is not None:
+        before = _affine(standard, factor, broadcast(t.bias, spec, grad.shape, wide), norm.scale)
+        before = before.reshape(grad.shape)
+        dm = _sum_to(grad * (turn(before) if spec.norm_first else before) * spec.constant, t.multiplier)
+
+    u = _affine(u, factor, None, norm.scale)
+    product = u * standard
+    along = product.sum(dims, keepdim=True) if norm.statistic == "l2" else product.mean(dims, keepdim=True)
+    if norm.eps_place == "clamp" and eps > 0:
+        along = torch.where(inverse < 1 / eps, along, 0.0)
+    elif norm.eps_place == "added":
+        along = along / (1 - eps * inverse)
+    dx = u - standard * along
+    if norm.statistic == "layer":
+        dx = dx - u.mean(dims, keepdim=True)
+    dx = (dx * inverse).reshape(grad.shape)
+    return (dx if spec.norm_first else turn(dx, inverse=True)).to(dtype), dw, db, dm
+
+
+def _unrotate(y: Tensor, t: SideTensors, spec: SideSpec) -> Tensor:
+    """The x that was rotated into y. Tables that carry a factor (YaRN's) or were rounded are no exact rotation."""
+    if spec.rope is None or t.cos is None or t.sin is None:
+        return y
+    cos, sin = t.cos.to(y.dtype), t.sin.to(y.dtype)
+    squares = cos.square() + sin.square()
+    return rotate(y, cos / squares, sin / squares, spec.rope, inverse=True)
+
+
+def groups(x: Tensor, over: str | int | tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
+    """Show x with the dims that one statistic spans last, and say which those are; a view at any strides."""
+    if over == "head":
+        return x, (-1,)
+    if over == "full":
+        return x, (-2, -1)
+    assert isinstance(over, int)
+    head_dim = x.shape[-1]
+    if over <= head_dim:
+        return x.unflatten(-1, (head_dim // over, over)), (-1,)
+    return x.unflatten(-2, (x.shape[-2] * head_dim // over, over // head_dim)), (-2, -1)
+
+
+def broadcast(w: Tensor | None, spec: SideSpec, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    """A weight or bias as a view that broadcasts to `groups(x)`."""
+    if w is None or spec.norm is None:
+        return None
+    w, kind, (heads, head_dim) = w.to(dtype), spec.norm.weight, shape[-2:]
+    if kind == "scalar":
+        return w
+    if spec.over == "head":
+        shapes = {"shared": (head_dim,), "scalar_per_head": (heads, 1)}
+        return w.view(shapes.get(kind, (heads, head_dim)))
+    if spec.over == "full":
+        return w.view(heads, head_dim) if kind != "scalar_per_head" else w
+    assert isinstance(spec.over, int)
+    width = spec.over
+    if width <= head_dim:
+        shapes = {"shared": (width,), "scalar_per_head": (heads, head_dim // width, 1)}
+        return w.view(shapes.get(kind, (heads, head_dim // width, width)))
+    num_groups = heads * head_dim // width
+    shapes = {"shared": (width // head_dim, head_dim), "scalar_per_head": (num_groups, 1, 1)}
+    return w.view(shapes.get(kind, (num_groups, width // head_dim, head_dim)))
+
+
+def _norm(x: Tensor, t: SideTensors, spec: SideSpec, eps: float) -> tuple[Tensor, Tensor]:
+    assert spec.norm is not None
+    if isinstance(spec.over, tuple):
+        start, stop = spec.over
+        whole = dataclasses.replace(spec, over="head")
+        y, inverse = _norm(x[..., start:stop], t, whole, eps)
+        return torch.cat((x[..., :start], y, x[..., stop:]), -1), inverse
+    grouped, dims = groups(x, spec.over)
+    y, inverse = standardize(grouped, spec.norm, eps, dims)
+    factor = broadcast(t.weight, spec, x.shape, x.dtype)
+    factor = 1 + factor if factor is not None and spec.norm.zero_centered else factor
+    y = _affine(y, factor, broadcast(t.bias, spec, x.shape, x.dtype), spec.norm.scale)
+    return y.reshape(x.shape), inverse
+
+
+def _affine(x: Tensor, factor: Tensor | None, shift: Tensor | None, scale: float) -> Tensor:
+    x = x if factor is None else x * factor
+    x = x if scale == 1 else x * scale
+    return x if shift is None else x + shift
+
+
+def _multiply(x: Tensor, multiplier: Tensor | None, constant: float) -> Tensor:
+    x = x if multiplier is None else x * multiplier.to(x.dtype)
+    return x if constant == 1 else x * constant
+
+
+def _sum_to(x: Tensor, like: Tensor) -> Tensor:
+    """Sum x over the dims that broadcasting gave it beyond those of `like`."""
+    extra = x.dim() - like.dim()
+    dims = tuple(range(extra)) + tuple(i + extra for i, n in enumerate(like.shape) if n == 1)
+    summed = x.sum(dims, keepdim=True) if dims else x
+    return summed.reshape(like.shape)
