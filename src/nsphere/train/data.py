@@ -239,7 +239,10 @@ def _separator(config: DataConfig, separator_id: int | None, train: Tokens | Tok
 def _trained_bpe(texts: Texts, size: int, sha256: str, cache_dir: Path | None) -> Tokenizer:
     def train() -> SubwordTokenizer:
         logger.info("training a BPE of %d tokens on %s", size, texts.name)
-        return train_bpe((piece.text for piece in texts.train()), size)
+        bpe = train_bpe((piece.text for piece in texts.train()), size)
+        if bpe.vocab_size < size:
+            logger.warning("the text of %s has pairs for %d tokens only, not %d", texts.name, bpe.vocab_size, size)
+        return bpe
 
     if cache_dir is None:
         return train()
@@ -279,6 +282,8 @@ def _write_tokens(pieces: Iterator[Piece], tokenizer: Tokenizer, dtype: np.dtype
 
 
 def _load_token_files(config: DataConfig, cache_dir: Path | None) -> Corpus:
+    if config.tokenizer.startswith("bpe:"):
+        raise ValueError(f"tokenizer {config.tokenizer!r} is trained on text, and data {config.data!r} holds tokens")
     path = Path(config.data)
     train_paths, val_paths = token_paths(path)
     train = [open_tokens(name, config.token_dtype) for name in train_paths]
