@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nsphere.train import optimizer_state
-from nsphere.train.files import RunLock, atomic_write_bytes, atomic_write_json, fsync_file, fsync_folder
+from nsphere.train.files import RunLock, atomic_write_text, fsync_file, fsync_folder
 from nsphere.train.model_state import Mismatch, check_fit, live_tensors, tied_names, unwrapped
 from nsphere.train.optimizer_state import as_list
 
@@ -88,9 +88,14 @@ def _sha256(path: Path) -> str:
 
 
 def _own_sha256(manifest: dict[str, Any]) -> str:
-    """The sha256 a manifest states of itself; computed the same way in every schema, so that damage shows first."""
+    """The sha256 that a manifest states of itself."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    """How a manifest is written; the same in every schema, so that damage shows before a version is believed."""
+    return json.dumps(manifest | {"sha256": _own_sha256(manifest)}, indent=2) + "\n"
 
 
 def _write_manifest(folder: Path, step: int) -> None:
@@ -98,9 +103,8 @@ def _write_manifest(folder: Path, step: int) -> None:
         name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
         for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
     }
-    manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "step": step, "files": files}
-    manifest["sha256"] = _own_sha256(manifest)
-    atomic_write_json(folder / MANIFEST_FILE, manifest)
+    manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": files}
+    atomic_write_text(folder / MANIFEST_FILE, _manifest_text(manifest))
 
 
 def _is_pickle(path: Path) -> bool:
@@ -119,8 +123,9 @@ def _verify(folder: Path, *, hashes: bool) -> None:
         ValueError: sound, but written by a newer nsphere.
     """
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
-        sound = isinstance(manifest, dict) and manifest.get("sha256") == _own_sha256(manifest)
+        text = (folder / MANIFEST_FILE).read_bytes()
+        manifest = json.loads(text)
+        sound = isinstance(manifest, dict) and text == _manifest_text(manifest).encode()
     except FileNotFoundError:
         raise _Broken(f"{MANIFEST_FILE} is missing") from None
     except OSError as error:
@@ -312,7 +317,7 @@ def save_checkpoint(
                 fsync_folder(folder)
                 _write_tensors(temporary / MODEL_FILE, {n: t for n, (_, t) in live.items() if n not in tied})
                 _write_tensors(temporary / OPTIMIZER_FILE, optimizer_tensors)
-                atomic_write_bytes(temporary / STATE_FILE, text.encode())
+                atomic_write_text(temporary / STATE_FILE, text)
                 _write_manifest(temporary, step)
                 _publish(temporary, final)
             except BaseException:
