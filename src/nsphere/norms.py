@@ -171,7 +171,7 @@ class StatisticNorm(Norm):
         weight_dtype = None if self.spec.promote else x.dtype
         if cast == "input":
             return self._in_input_dtype(x, eps, weight_dtype)
-        if self.spec.statistic == "layer":
+        if self.spec.statistic == "layer" and self.spec.eps_place == "inside":
             return self._affine(F.layer_norm(x, (self.dim,), eps=eps), weight_dtype)
         y, _ = standardize(x.to(compute_dtype(x)), self.spec, eps)
         return self._affine(y.to(x.dtype), weight_dtype)
@@ -220,8 +220,10 @@ class StatisticNorm(Norm):
             return self._torch_row(x, weight, bias, eps)
         if spec.statistic == "layer":
             y = F.layer_norm(x, width, eps=eps)
+        elif spec.statistic == "rms":
+            y = F.rms_norm(x, width, eps=eps)
         else:
-            y = F.rms_norm(x, width, eps=eps) if spec.statistic == "rms" else F.normalize(x, dim=-1, eps=eps)
+            y = F.normalize(x, dim=-1, eps=eps or torch.finfo(x.dtype).tiny)  # 0/0 in a zero row without
         return self._affine(y, x.dtype)
 
     def _torch_row(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -426,6 +428,12 @@ def _check_choices(owner: str, spec: NormSpec) -> None:
         value, choices = getattr(spec, field), get_args(alias)
         if value not in choices:
             raise ValueError(f"{owner} got {field}={value!r}; choose from {', '.join(map(repr, choices))}")
+    torch_place = "clamp" if spec.statistic == "l2" else "inside"
+    if spec.weight_cast == "torch" and spec.eps_place != torch_place and spec.eps != 0:
+        raise ValueError(
+            f'{owner} got eps_place={spec.eps_place!r} with weight_cast="torch", whose function has it '
+            f'"{torch_place}"; choose that, or another weight_cast'
+        )
     if spec.eps is not None and spec.eps < 0:
         raise ValueError(f"{owner} got eps={spec.eps}; give 0 or a small positive number")
 

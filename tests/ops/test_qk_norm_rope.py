@@ -16,6 +16,9 @@ from nsphere.ops.qk_norm_rope import lean
 from nsphere.qk_norm import LearnedMultiplier, QKNorm
 from nsphere.rope import RopeSpec
 
+# torch's own compiler imports a deprecated part of torch
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+
 B, T, H, HKV, D = 2, 3, 4, 2, 8
 NORMS = {"l2": L2Norm, "rms": RMSNorm, "layer": LayerNorm}
 ROPES = {
@@ -191,7 +194,9 @@ def test_weight_shapes(weight, over):
     for zero_centered, bias, place in itertools.product((False, True), (False, True), ("before", "after")):
         if weight == "none" and bias:
             continue
-        qk = build("rms", over, place, ROPES["leading"], weight=weight, zero_centered=zero_centered, bias=bias, scale=1.5)
+        qk = build(
+            "rms", over, place, ROPES["leading"], weight=weight, zero_centered=zero_centered, bias=bias, scale=1.5
+        )
         expected = truth(qk, q, k, tables_for(qk.rope), grads)
         for a, b in zip(gradients(qk, q, k, tables_for(qk.rope), grads, torch.float64), expected, strict=True):
             assert error(a, b) <= 1e-11
@@ -214,7 +219,7 @@ def test_learned_multipliers(shape, transform):
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(["l2", "rms", "layer"]),
-    over=st.sampled_from(["head", "full", 2, 4, 8, 16, (0, 8), (1, 4)]),
+    over=st.sampled_from(["head", "full", 4, 8, 16, (0, 8), (1, 5)]),
     place=st.sampled_from(["before", "after"]),
     rope=st.sampled_from(sorted(ROPES)),
     cast=st.sampled_from(["fused", "before", "after", "input", "torch"]),
@@ -387,10 +392,13 @@ def test_forward_and_backward_compile_once_for_all_lengths():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one forward, one backward
 
 
-def test_many_modules_do_not_exhaust_the_compiler():
+def test_many_modules_do_not_exhaust_the_compiler(monkeypatch):
     # it gives up on a code object after eight variants, so every plan needs a code object of its own
-    functions = [lean._compile(lambda x: x) for _ in range(9)]
-    assert len({f._torchdynamo_orig_callable.__code__ for f in functions}) == 9
+    codes = set()
+    monkeypatch.setattr(torch, "compile", lambda f, **_: codes.add(f.__code__))
+    for _ in range(9):
+        lean._compile(lambda x: x)
+    assert len(codes) == 9
 
 
 def test_second_derivatives_are_refused_and_the_reference_has_them():

@@ -87,20 +87,13 @@ def _sides(flat: Flat) -> tuple[SideTensors, SideTensors]:
 
 @functools.cache
 def _functions(plan: Plan) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    (q_heads, q_dim), (k_heads, k_dim) = plan.shapes
-
     def forward(q: Tensor, k: Tensor, *flat: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        # comparing with numbers makes these dims constants to the compiler, while batch and length stay free
-        assert q.shape[-2] == q_heads and q.shape[-1] == q_dim
-        assert k.shape[-2] == k_heads and k.shape[-1] == k_dim
         q_side, k_side = _sides(flat)
         q, q_inverse = reference.forward(q, q_side, plan.specs[0])
         k, k_inverse = reference.forward(k, k_side, plan.specs[1])
         return q, k, q_inverse, k_inverse
 
     def backward(q_grad: Tensor, k_grad: Tensor, *saved: Tensor | None) -> tuple[Flat, Flat]:
-        assert q_grad.shape[-2] == q_heads and q_grad.shape[-1] == q_dim
-        assert k_grad.shape[-2] == k_heads and k_grad.shape[-1] == k_dim
         q_kept, k_kept, q_inverse, k_inverse, *flat = saved
         q_side, k_side = _sides(tuple(flat))
         return (
@@ -117,4 +110,14 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     # a code object of its own: the compiler counts its recompilations per code object, and gives up at eight
     code = function.__code__.replace(co_name=f"qk_norm_rope_{function.__name__}_{next(_serial)}")
     own = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
-    return torch.compile(own, dynamic=True, fullgraph=True)
+    compiled = torch.compile(own, fullgraph=True)
+
+    def call(*tensors: Tensor | None) -> Any:
+        for t in tensors:
+            # [B, T, H, D] and all that is as large; [T, R/2] and [B, T, R/2]: batch and length are free
+            if t is not None and t.dim() > 1 and not isinstance(t, torch.nn.Parameter):
+                for dim in range(max(t.dim() - 2, 1)):
+                    torch._dynamo.maybe_mark_dynamic(t, dim)
+        return compiled(*tensors)
+
+    return call
