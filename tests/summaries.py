@@ -30,9 +30,7 @@ def summary(
     final: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """A whole summary; `final` overrides an arm's final loss (to let nGPT lose, say)."""
-    made = {
-        name: _arm(name, seeds, steps, layers, sweep, inspection, (final or {}).get(name)) for name in arms
-    }
+    made = {name: _arm(name, seeds, steps, layers, sweep, inspection, (final or {}).get(name)) for name in arms}
     best = best_gpt_arm(made)
     return {
         "schema_version": 1,
@@ -101,11 +99,8 @@ def inspection(name: str, layers: int) -> dict[str, Any]:
     for i in range(layers):
         base = 8.0 if sphere else 900.0
         layer: dict[str, Any] = {
-            "condition_numbers": {
-                m: base * math.exp(rng.gauss(0.4 * (m in "W_q W_k"), 0.5)) for m in MATRICES
-            },
-            "max_attention_logit": {"gpt": 34.0, "gpt-qknorm": 13.0}.get(name, 17.0)
-            * math.exp(rng.gauss(0, 0.2)),
+            "condition_numbers": {m: base * math.exp(rng.gauss(0.4 * (m in "W_q W_k"), 0.5)) for m in MATRICES},
+            "max_attention_logit": {"gpt": 34.0, "gpt-qknorm": 13.0}.get(name, 17.0) * math.exp(rng.gauss(0, 0.2)),
         }
         if sphere:
             layer |= {

@@ -11,6 +11,7 @@ can be told apart in greyscale and by colour-blind readers (hues after Okabe and
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
@@ -55,7 +56,7 @@ _STYLES = {
     "gpt": ArmStyle("GPT", "#5aa6d6", "--arm-sky", (1.2, 1.4), "o", 2.0),
     "gpt-qknorm": ArmStyle("GPT + QK-norm", "#0a3f7a", "--arm-navy", (5.0, 1.6), "s", 2.0),
     "ngpt": ArmStyle("nGPT", "#d4580a", "--arm-vermilion", (), "D", 2.4),
-    "gpt-qknorm-muon": ArmStyle("GPT + QK-norm, Muon", "#007d61", "--arm-green", (6, 1.5, 1.2, 1.5), "^", 2.0),
+    "gpt-qknorm-muon": ArmStyle("GPT + QK-norm + Muon", "#007d61", "--arm-green", (6, 1.5, 1.2, 1.5), "^", 2.0),
 }
 _SPARE = (
     ArmStyle("", "#a8588f", "--arm-purple", (3.0, 1.2), "v", 2.0),
@@ -111,6 +112,7 @@ def line(style: ArmStyle) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def swatch(style: ArmStyle) -> str:
     """An arm's line and marker for a legend in HTML."""
 

@@ -13,6 +13,23 @@ from pathlib import Path
 
 from nsphere.drawing import ARM_COLOURS, CSS_NAMES, arm_styles, clean, swatch
 
+LIGHT = {"--paper": "#ffffff", "--soft": "#f5f6f8"}
+LIGHT |= {css: colour for colour, css in CSS_NAMES.items()} | ARM_COLOURS
+DARK = {
+    "--paper": "#15171a",
+    "--soft": "#1e2125",
+    "--ink": "#e9eaec",
+    "--muted": "#a3a9b3",
+    "--grid": "#34383f",
+    "--arm-sky": "#9bd3f7",
+    "--arm-navy": "#5b97e0",
+    "--arm-vermilion": "#ff8f45",
+    "--arm-green": "#35c29c",
+    "--arm-purple": "#d58bc0",
+    "--arm-olive": "#cdb443",
+    "--arm-grey": "#b5b5b5",
+}
+
 
 def escape(value: object) -> str:
     """Text as HTML shows it, whatever is in it."""
@@ -98,17 +115,14 @@ def figure(
 
 def html_page(title: str, body: Iterable[str]) -> str:
     """The whole document; `body` is HTML already."""
-    light = {"--paper": "#ffffff", "--soft": "#f5f6f8"}
-    light |= {css: colour for colour, css in CSS_NAMES.items()} | ARM_COLOURS
-    variables = "".join(f"{name}:{colour};" for name, colour in light.items())
-    dark = "".join(f"{name}:{colour};" for name, colour in _DARK.items())
+    light, dark = ("".join(f"{name}:{colour};" for name, colour in colours.items()) for colours in (LIGHT, DARK))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n"
-        f"<style>:root{{{variables}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n{_CSS}</style>\n"
+        f"<style>:root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n{_CSS}</style>\n"
         "</head>\n<body>\n" + "\n".join(part for part in body if part) + "\n</body>\n</html>\n"
     )
 
@@ -125,21 +139,6 @@ def write_whole(path: Path, content: str) -> None:
     finally:
         partial.unlink(missing_ok=True)
 
-
-_DARK = {
-    "--paper": "#15171a",
-    "--soft": "#1e2125",
-    "--ink": "#e9eaec",
-    "--muted": "#a3a9b3",
-    "--grid": "#34383f",
-    "--arm-sky": "#9bd3f7",
-    "--arm-navy": "#5b97e0",
-    "--arm-vermilion": "#ff8f45",
-    "--arm-green": "#35c29c",
-    "--arm-purple": "#d58bc0",
-    "--arm-olive": "#cdb443",
-    "--arm-grey": "#b5b5b5",
-}
 
 _CSS = """
 *{box-sizing:border-box}
@@ -173,6 +172,7 @@ th,td{padding:.42rem .6rem .42rem 0;text-align:right;vertical-align:top;border-b
 th{font-weight:400}
 thead th{font-weight:620;vertical-align:bottom}
 tbody th,thead th:first-child{text-align:left;color:var(--muted);min-width:6.5rem}
+tbody th{position:sticky;left:0;background:var(--paper)}
 td{white-space:nowrap}
 table.words td:last-child{text-align:left;white-space:normal}
 td small{display:block;color:var(--muted);font-size:.8rem;font-weight:400}

@@ -111,7 +111,7 @@ def rows_picture(
     Args:
         name: prefix of the ids inside.
         unit: what is drawn and in which unit.
-        rows: arm, its value, single values (seeds) or the two ends of a range around it, and words after the number.
+        rows: arm, its value, single values (seeds) or the two ends of a range around it, and the words beside it.
         arms: all arms of the comparison, which settle the styles.
     """
     styles = arm_styles(arms)
@@ -120,7 +120,7 @@ def rows_picture(
     margin = 0.08 * (high - low) or 0.05 * abs(high)
 
     def draw(axes: Axes) -> None:
-        for y, (arm, middle, around, more) in enumerate(rows):
+        for y, (arm, middle, around, words) in enumerate(rows):
             style = styles[arm]
             if len(around) > 1:
                 axes.plot([min(around), max(around)], [y, y], color=style.colour, linewidth=2, alpha=0.45)
@@ -128,7 +128,7 @@ def rows_picture(
             axes.plot(middle, y, style.marker, color=style.colour, markersize=8)
             side = "left" if middle < (low + high) / 2 else "right"
             axes.annotate(
-                f"{middle:.4g}{more}",
+                words,
                 (middle, y),
                 xytext=(-4 if side == "left" else 4, 9),
                 textcoords="offset points",
@@ -141,7 +141,7 @@ def rows_picture(
         axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
         axes.set_xlabel(unit)
 
-    label = f"{unit}: " + "; ".join(f"{styles[arm].title} {middle:.4g}{more}" for arm, middle, _, more in rows)
+    label = f"{unit}: " + "; ".join(f"{styles[arm].title} {words}" for arm, _, _, words in rows)
     return picture(name, label + ".", 460, 70 + 44 * len(rows), draw)
 
 
@@ -213,6 +213,8 @@ def layers_picture(
     if not points:
         return ""
 
+    everything = [v for values in points.values() for _, v in values]
+
     def draw(axes: Axes) -> None:
         for arm, values in points.items():
             xs, ys = zip(*values, strict=True)
@@ -221,6 +223,8 @@ def layers_picture(
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: power_of_ten(y)))
             axes.yaxis.set_minor_locator(ticker.NullLocator())
+            low, high = limits or (min(everything), max(everything))
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
         else:
             axes.set_ylim(bottom=0)
         if limits:

@@ -7,6 +7,7 @@ measured is said to be missing, in words, at its place.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def write_report(summary: Mapping[str, Any], path: Path) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
+    summary = _measured(summary)
     sentence, remarks = answer(summary)
     environment = summary.get("environment") or {}
     body = [
@@ -88,6 +90,7 @@ def write_inspection(inspection: Mapping[str, Any], title: str, path: Path) -> N
     Raises:
         OSError: if the file cannot be written.
     """
+    inspection = _measured(inspection)
     # The name only settles the colour, and whether sphere-only quantities are expected.
     name = "ngpt" if any(layer.get("eigen_lr_attention") for layer in inspection.get("layers", [])) else "gpt"
     body = [
@@ -136,7 +139,8 @@ def answer(summary: Mapping[str, Any]) -> tuple[str, list[str]]:
 
 def _ended(arms: Mapping[str, Any], styles: Mapping[str, Any]) -> str:
     ngpt = arms["ngpt"]
-    return f"{styles['ngpt'].title} itself ended at {_loss_text(ngpt, '')} after {count(ngpt['tokens'])} tokens."
+    after = f" after {count(ngpt['tokens'])} tokens" if ngpt.get("tokens") else ""
+    return f"{styles['ngpt'].title} itself ended at {_loss_text(ngpt, '')}{after}."
 
 
 def _caution(summary: Mapping[str, Any], best: str) -> list[str]:
@@ -152,7 +156,7 @@ def _caution(summary: Mapping[str, Any], best: str) -> list[str]:
         if len(reached) < len(by_seed):
             said.append(f"In {len(by_seed) - len(reached)} of {len(by_seed)} seeds nGPT did not get there")
         ours, theirs = (_seed_losses(arms[name]) for name in ("ngpt", best))
-        if max(min(ours), min(theirs)) <= min(max(ours), max(theirs)):
+        if ours and theirs and max(min(ours), min(theirs)) <= min(max(ours), max(theirs)):
             said.append("The final losses of the seeds overlap: the difference is within the noise")
     else:
         said.append("One seed: how much of the difference is chance cannot be told from this run")
@@ -204,7 +208,10 @@ def _table_of_arms(summary: Mapping[str, Any]) -> str:
         loss = arm.get("final_val_loss")
         text = "–" if loss is None else f"{loss:.4f}"
         text = f"<strong>{text}</strong>" if loss is not None and loss == lowest else text
-        return text + (f"<small>{min(losses):.3f}–{max(losses):.3f}</small>" if len(losses) > 1 else "")
+        if len(losses) > 1:
+            return f"{text}<small>{min(losses):.3f}–{max(losses):.3f}</small>"
+        spread = arm.get("final_val_loss_spread")
+        return text + (f"<small>spread {spread:.3f}</small>" if spread is not None else "")
 
     def step_time(arm: Mapping[str, Any]) -> str:
         if arm.get("step_time_ms_median") is None:
@@ -251,9 +258,11 @@ def _loss(summary: Mapping[str, Any], against: str) -> str:
     many = any(mean_curve(arm)["num_seeds"] > 1 for arm in arms.values())
     band = " Bands span the seeds, lines are their mean." if many else ""
     if against == "tokens":
+        meets = summary.get("tokens_ratio") is not None
         read = (
-            "Lower is better; the mark shows where nGPT meets the best GPT arm’s final loss, as a ratio."
-            " The fall from the untrained model is cut off at the top."
+            "Lower is better"
+            + ("; the mark shows where nGPT meets the best GPT arm’s final loss, as a ratio." if meets else ".")
+            + " The fall from the untrained model is cut off at the top."
         )
     else:
         read = "The same curves on a clock: tokens divided by each arm’s tokens per second, timed interleaved."
@@ -328,7 +337,7 @@ def _ratio_numbers(summary: Mapping[str, Any]) -> str:
 def _final_loss(summary: Mapping[str, Any]) -> str:
     arms = summary["arms"]
     rows = [
-        (name, arm["final_val_loss"], _seed_losses(arm), _in_bits(arm))
+        (name, arm["final_val_loss"], _seed_losses(arm), f"{arm['final_val_loss']:.3f}{_in_bits(arm)}")
         for name, arm in arms.items()
         if arm.get("final_val_loss") is not None
     ]
@@ -349,7 +358,7 @@ def _in_bits(arm: Mapping[str, Any]) -> str:
 def _step_time(summary: Mapping[str, Any]) -> str:
     arms = summary["arms"]
     rows = [
-        (name, arm["step_time_ms_median"], arm.get("step_time_ms_spread") or [], "")
+        (name, arm["step_time_ms_median"], arm.get("step_time_ms_spread") or [], f"{arm['step_time_ms_median']:.4g}")
         for name, arm in arms.items()
         if arm.get("step_time_ms_median") is not None
     ]
@@ -453,7 +462,7 @@ def _scales(found: Mapping[str, Any], layers: Mapping[str, Sequence[Mapping[str,
     return figure(
         "scales",
         "Distributions of the learned scales",
-        "One histogram per layer, its mean as a dark tick; a wide one uses its freedom per dimension,"
+        "One histogram per layer, its mean as a tick; a wide one uses its freedom per dimension,"
         " a spike could have been a single number.",
         panels,
         (),
@@ -553,9 +562,18 @@ def _limits(summary: Mapping[str, Any]) -> str:
     return "<ul>" + "".join(f"<li>{escape(limit)}</li>" for limit in (*(summary.get("limits") or []), own)) + "</ul>"
 
 
+def _measured(value: Any) -> Any:
+    """The same summary with NaN and infinities as None: not measured."""
+    if isinstance(value, Mapping):
+        return {key: _measured(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_measured(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _seed_losses(arm: Mapping[str, Any]) -> list[float]:
     losses = [seed.get("final_val_loss") for seed in (arm.get("seeds") or {}).values()]
-    return [loss for loss in losses if loss is not None] or [arm["final_val_loss"]]
+    return [loss for loss in losses if loss is not None]
 
 
 def _loss_text(arm: Mapping[str, Any], unit: str = " nats per token") -> str:
