@@ -95,6 +95,8 @@ class QKNorm(nn.Module):
         k_multiplier: the same on k.
         multiplier_place: "last", or "before_rope" for a number that a family multiplies before rotating, which
             shows in the rounding alone.
+        multiplier_dtype: "float32", or "input" to round the factors to q's dtype first, as some families do; with
+            rounding points of their own only.
         softmax_scale: the scale attention should use; by default √D beside a unit norm, else 1/√D. "rsqrt" asks
             for 1/√D by name.
         layout: how the dims of q and k are ordered; thd is packed sequences, all tokens in one dim.
@@ -121,6 +123,7 @@ class QKNorm(nn.Module):
         multiplier: Any = None,
         k_multiplier: Any = None,
         multiplier_place: Literal["last", "before_rope"] = "last",
+        multiplier_dtype: Literal["float32", "input"] = "float32",
         softmax_scale: float | Literal["rsqrt"] | None = None,
         layout: Layout = "bshd",
         backend: str | None = None,
@@ -130,6 +133,7 @@ class QKNorm(nn.Module):
         for name, value, allowed in (
             ("place", place, ("before", "after")),
             ("multiplier_place", multiplier_place, ("last", "before_rope")),
+            ("multiplier_dtype", multiplier_dtype, ("float32", "input")),
             ("layout", layout, get_args(Layout)),
         ):
             if value not in allowed:
@@ -143,7 +147,7 @@ class QKNorm(nn.Module):
         self.num_kv_heads = num_kv_heads if num_kv_heads is not None else num_heads
         self.rope, self.place, self.over = rope, place, over
         self.layout, self.backend = layout, backend
-        self.multiplier_place = multiplier_place
+        self.multiplier_place, self.multiplier_dtype = multiplier_place, multiplier_dtype
         if k is None:
             k = copy.deepcopy(q) if isinstance(q, nn.Module) else q
         self.q_norm = self._make("q", q, self.num_heads, norm_options)
@@ -348,6 +352,8 @@ class QKNorm(nn.Module):
         self, x: Tensor, norm: nn.Module | None, rope: Tables | None, own: Any, factors: list[Tensor]
     ) -> Tensor:
         """Norm, rotation and factors one by one, each rounding to the dtype it leaves in."""
+        if self.multiplier_dtype == "input":
+            factors = [factor.to(x.dtype) for factor in factors]
         every = [own, *factors] if _is_number(own) else factors
         last = self.multiplier_place == "last"
         y = self._norm(x, norm) if self.place == "before" else x
