@@ -60,6 +60,13 @@ def test_gradient_of_one_side(frozen):
     torch.testing.assert_close(got, want)
 
 
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    h, weight, targets = draw()
+    (grad,) = torch.autograd.grad(linear_cross_entropy(h, weight, targets), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad|twice"):
+        torch.autograd.grad(grad.pow(2).sum(), h)
+
+
 def test_logits_of_hundreds_do_not_overflow():
     h, weight, targets = draw(dtype=torch.float32)
     with torch.no_grad():

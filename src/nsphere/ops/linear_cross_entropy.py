@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 MAX_LOGITS = 1 << 24
 """Most logits stored at a time: 64 MiB of fp32."""
@@ -87,6 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable  # a second derivative would take the stored gradients for constants: an error is better
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         h_grad, weight_grad = ctx.saved_tensors
         return h_grad * grad, weight_grad * grad, None, None, None

@@ -5,6 +5,9 @@ in fp32, in every dtype; ours is rounded once from fp64 angles. Tests of the res
 test of its own.
 """
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,6 +131,18 @@ def test_names_as_compile_and_ddp_leave_them(golden, prefix):
 def test_a_gpt_of_theirs_is_refused(golden):
     with pytest.raises(ValueError, match="rmsnorm_f"):
         from_reference_state_dict(under(golden, "weights.") | {"rmsnorm_f.weight": torch.ones(32)})
+
+
+@pytest.mark.skipif("NGPT_MODEL_PY" not in os.environ, reason="NGPT_MODEL_PY names no model.py of NVIDIA/ngpt")
+def test_the_golden_numbers_are_what_the_authors_code_computes(golden, tmp_path):
+    out = tmp_path / "again.safetensors"
+    script = Path(__file__).with_name("make_golden.py")
+    subprocess.run([sys.executable, script, os.environ["NGPT_MODEL_PY"], "--out", out], check=True)
+    again = safetensors.load_file(out)
+    assert again.keys() == golden.keys()
+    for name, t in golden.items():
+        # another torch may sum bf16 products in another order
+        torch.testing.assert_close(again[name], t, rtol=2e-2 if name.startswith("bfloat16") else 1e-5, atol=2e-3)
 
 
 def tiny(**fields):
