@@ -63,7 +63,7 @@ def test_gradient_of_one_side(frozen):
 def test_a_second_derivative_is_refused_rather_than_wrong():
     h, weight, targets = draw()
     (grad,) = torch.autograd.grad(linear_cross_entropy(h, weight, targets), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad|twice"):
+    with pytest.raises(RuntimeError, match="does not require grad"):
         torch.autograd.grad(grad.pow(2).sum(), h)
 
 
