@@ -11,7 +11,7 @@ from torch import Tensor
 from nsphere.presets import make_model
 from nsphere.train.arms import parse_arm
 from nsphere.train.config import RunOptions, TrainConfig, model_config
-from nsphere.train.data import Batch, Batches, Corpus, val_batches
+from nsphere.train.data import Batches, Corpus, val_batches
 from nsphere.train.machine import Ability, can_compile, choose_device, has_bf16
 from nsphere.train.optimizer import clip_grad_norm, make_optimizers
 from nsphere.train.schedule import lr_factor
@@ -55,7 +55,7 @@ class Trainer:
         self.num_skipped = 0
         self.batches = Batches(corpus.train, context=config.context, batch_size=config.batch_size, seed=config.seed)
         self.val_batches = [
-            self._to_device(batch)
+            batch.to(self.device)
             for batch in val_batches(
                 corpus.val,
                 context=config.context,
@@ -75,16 +75,11 @@ class Trainer:
             torch._dynamo.config.fail_on_recompile_limit_hit = True
             self.model.compile_parts()
 
-    def _to_device(self, batch: Batch) -> Batch:
-        if self.device.type == "cpu":
-            return batch
-        return Batch(*(t if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in batch))
-
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The context that forward passes run in."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)  # type: ignore[return-value]
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     def lr(self) -> float:
         """The learning rate of the next step."""
@@ -106,7 +101,7 @@ class Trainer:
         losses: list[Tensor] = []
         for i in range(num_micro):
             rows = slice(i * config.micro_batch_size, (i + 1) * config.micro_batch_size)
-            batch = self._to_device(self.batches(self.num_steps, rows if num_micro > 1 else None))
+            batch = self.batches(self.num_steps, rows if num_micro > 1 else None).to(self.device)
             with self.autocast():
                 loss = self.model.loss(*batch)
             (loss if num_micro == 1 else loss / num_micro).backward()
@@ -184,7 +179,7 @@ def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | Non
 
 
 @contextlib.contextmanager
-def process_settings(options: RunOptions, device: torch.device):  # type: ignore[no-untyped-def]
+def process_settings(options: RunOptions, device: torch.device):
     """Threads and determinism for the time of a run; what was set before comes back afterwards.
 
     On CPU every operation used here is deterministic for a given number of threads, the embedding's gradient by

@@ -1,0 +1,269 @@
+"""The `nsphere` command. Each subcommand imports what it needs when it runs."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeVar
+
+import nsphere
+
+Args = TypeVar("Args")
+
+USAGE = """\
+usage: nsphere COMMAND [flags]      (nsphere COMMAND --help tells the flags)
+
+  compare    train GPT, GPT + QK-norm and nGPT side by side, and report what each needed
+  train      train one of them
+  generate   continue a prompt with a trained model
+  inspect    pictures of the inside of a trained model
+  families   the published QK-norm variants, as a table
+  info       what this machine can do, and why not
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; its exit code. Bad input is one line on stderr and 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"nsphere {nsphere.__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        from nsphere.train.arms import nearest
+
+        return _complain(f"unknown command {name!r}; {nearest(name, COMMANDS)}", 2)
+    return _run(name, rest)
+
+
+def _run(name: str, rest: list[str]) -> int:
+    from nsphere.train.signals import Interrupted
+    from nsphere.train.trainer import NonFinite
+
+    try:
+        COMMANDS[name](rest)
+    except ValueError as error:
+        return _complain(f"nsphere {name}: {error}", 2)
+    except Interrupted as stop:
+        return _complain(f"nsphere {name}: {stop}", stop.exit_code)
+    except BrokenPipeError:
+        raise
+    except (NonFinite, OSError) as error:
+        return _complain(f"nsphere {name}: {error}", 1)
+    except KeyboardInterrupt:
+        return _complain(f"nsphere {name}: interrupted", 130)
+    return 0
+
+
+def _complain(message: str, code: int) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _parse(kind: type[Args], name: str, argv: list[str]) -> Args:
+    """The flags of a command as its dataclass; a mistake becomes a ValueError of one line."""
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                kind,
+                args=argv,
+                prog=f"nsphere {name}",
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ValueError(_one_line(complaint.getvalue(), name)) from None
+
+
+def _one_line(box: str, name: str) -> str:
+    """What tyro says in a box, as a sentence, with where to find help."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in text.splitlines()]
+    kept: list[str] = []
+    for line in lines:
+        if re.match(r"^[╭╰├─-].*", line) or line.startswith("For full helptext"):
+            continue
+        if line:
+            kept.append(line)
+    said = re.split(r"Argument helptext:|\.? Got errors:|nsphere \S+ --help", " ".join(kept))[0].strip(" .")
+    return f"{said or 'bad flags'}; nsphere {name} --help tells the flags"
+
+
+def _compare(argv: list[str]) -> None:
+    from nsphere.compare import CompareConfig, RunOptions, TrainConfig, compare
+    from nsphere.table import comparison_table
+    from nsphere.train.data import DataConfig
+
+    @dataclass(frozen=True)
+    class Compare:
+        """Train arms side by side on the same batches; print a table, write summary.json and report.html."""
+
+        out: Path
+        """Folder for the runs, summary.json and report.html."""
+        what: CompareConfig = field(default_factory=CompareConfig)
+        config: TrainConfig = field(default_factory=TrainConfig)
+        data: DataConfig = field(default_factory=DataConfig)
+        options: RunOptions = field(default_factory=RunOptions)
+        resume: bool = False
+        """Continue what is there; start it if nothing is."""
+
+    args = _parse(Compare, "compare", argv)
+    summary = compare(args.what, args.config, args.options, args.data, args.out, resume=args.resume)
+    print(comparison_table(summary, args.out))
+
+
+def _train(argv: list[str]) -> None:
+    from nsphere.train.config import RunOptions, TrainConfig
+    from nsphere.train.data import DataConfig
+    from nsphere.train.loop import train
+
+    @dataclass(frozen=True)
+    class Train:
+        """Train one arm into a run folder."""
+
+        out: Path
+        """The run folder."""
+        arm: str = "ngpt"
+        """What to train: gpt, gpt-qknorm, ngpt, ngpt:s_z_init=10, and so on; an unknown name lists all."""
+        config: TrainConfig = field(default_factory=TrainConfig)
+        data: DataConfig = field(default_factory=DataConfig)
+        options: RunOptions = field(default_factory=RunOptions)
+        resume: bool = False
+        """Continue the run in the folder; start it if nothing is there."""
+
+    args = _parse(Train, "train", argv)
+    train(args.arm, args.config, args.options, args.data, args.out, resume=args.resume)
+
+
+def _generate(argv: list[str]) -> None:
+    import tyro
+
+    from nsphere.generate import Sampling, generate
+    from nsphere.train.machine import choose_device, has_bf16
+    from nsphere.train.saved import load_run
+
+    @dataclass(frozen=True)
+    class Generate:
+        """Continue a prompt with a trained model, on the terminal as it is made."""
+
+        run: Annotated[Path, tyro.conf.Positional]
+        """A run folder, or one of its checkpoints."""
+        prompt: str = "def "
+        """What to continue."""
+        max_new_tokens: int = 400
+        """How many tokens to make."""
+        sampling: Sampling = field(default_factory=Sampling)
+        device: str = "auto"
+        """cpu, cuda, cuda:1, or auto."""
+
+    args = _parse(Generate, "generate", argv)
+    if args.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {args.max_new_tokens}")
+    import torch
+
+    device = choose_device(args.device)
+    run = load_run(args.run, device)
+    if run.tokenizer is None:
+        raise ValueError(f"{args.run} was trained on tokens without a tokenizer, so text can't be made from it")
+    sys.stdout.write(args.prompt)
+    tokens: list[int] = []
+    shown = ""
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device).available):
+        for token in generate(run.model, run.tokenizer.encode(args.prompt), args.max_new_tokens, args.sampling):
+            tokens.append(token)
+            # a character may take several tokens: until it is whole it decodes to U+FFFD, and waits
+            text = run.tokenizer.decode(tokens)
+            if not text.endswith("�"):
+                sys.stdout.write(text[len(shown) :])
+                sys.stdout.flush()
+                shown = text
+    print(run.tokenizer.decode(tokens)[len(shown) :])
+
+
+def _inspect(argv: list[str]) -> None:
+    import tyro
+
+    from nsphere.report import write_inspection
+    from nsphere.table import inspection_table
+    from nsphere.train.data import DataConfig, load_corpus, val_batches
+    from nsphere.train.inspection import inspect_model
+    from nsphere.train.loop import data_cache
+    from nsphere.train.machine import choose_device
+    from nsphere.train.saved import load_run
+
+    @dataclass(frozen=True)
+    class Inspect:
+        """Condition numbers, attention logits, eigen learning rates and scales of a trained model."""
+
+        run: Annotated[Path, tyro.conf.Positional]
+        """A run folder, or one of its checkpoints."""
+        out: Path | None = None
+        """The page to write; inspection.html in the run folder if not given."""
+        device: str = "auto"
+        """cpu, cuda, cuda:1, or auto."""
+
+    args = _parse(Inspect, "inspect", argv)
+    device = choose_device(args.device)
+    run = load_run(args.run, device)
+    corpus = load_corpus(DataConfig(**run.config["data"]), cache_dir=data_cache())
+    context = run.config["model"]["context"]
+    batch = val_batches(corpus.val, context=context, batch_size=8, num_batches=1)[0]
+    inspection = inspect_model(run.model, batch.to(device))
+    path = args.out if args.out is not None else run.folder / "inspection.html"
+    write_inspection(inspection, f"{run.config['arm']}, step {run.step}", path)
+    print(inspection_table(inspection))
+    print(f"\n{path}")
+
+
+def _families(argv: list[str]) -> None:
+    from nsphere.families import table
+
+    @dataclass(frozen=True)
+    class Families:
+        """The published QK-norm variants that families.qk_norm knows, as a table."""
+
+    _parse(Families, "families", argv)
+    print(table())
+
+
+def _info(argv: list[str]) -> None:
+    from nsphere.table import info_table
+
+    @dataclass(frozen=True)
+    class Info:
+        """What this machine can do: devices, dtypes, the compiler and the backends, and why not."""
+
+    _parse(Info, "info", argv)
+    print(info_table())
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "compare": _compare,
+    "train": _train,
+    "generate": _generate,
+    "inspect": _inspect,
+    "families": _families,
+    "info": _info,
+}
+
+
+def entry() -> NoReturn:
+    """The console script: a closed pipe (`nsphere families | head`) is not an error."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

@@ -1,0 +1,361 @@
+"""The main job: arms trained side by side on the same batches, and what each needed to get where.
+
+OUT/compare.json                    what is compared; a second start with other settings is refused
+    arms/ARM/lr-LR-seed-SEED/       a run folder each (see train/loop.py), those of a sweep among them
+    summary.json  report.html       the answer, as numbers and as a page
+"""
+
+import dataclasses
+import json
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from nsphere.curves import best_gpt_arm, headline_ratios, ratio_curve
+from nsphere.generate import Sampling, generate
+from nsphere.report import write_report
+from nsphere.train.arms import parse_arm
+from nsphere.train.config import RunOptions, TrainConfig, differences, model_config, resolve
+from nsphere.train.data import Corpus, DataConfig, load_corpus
+from nsphere.train.files import RunLock, atomic_write_json, read_jsonl
+from nsphere.train.inspection import inspect_model
+from nsphere.train.loop import METRICS_FILE, Result, check_writable, data_cache, train
+from nsphere.train.machine import choose_device, environment
+from nsphere.train.progress import say
+from nsphere.train.saved import load_run
+from nsphere.train.timing import StepCost, time_steps
+from nsphere.train.trainer import NonFinite, Trainer, process_settings
+
+COMPARE_FILE, SUMMARY_FILE, REPORT_FILE = "compare.json", "summary.json", "report.html"
+SCHEMA_VERSION = 1
+
+LR_STEPS_PER_DECADE = 5
+"""The sweep's grid: 1, 1.6, 2.5, 4, 6.3 times a power of ten."""
+MAX_SWEEP_RUNS = 12
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What is compared."""
+
+    arms: tuple[str, ...] = ("gpt", "gpt-qknorm", "ngpt")
+    """Arms by name, such as gpt-qknorm-muon, ngpt-scalar-alpha, or ngpt:s_z_init=1 to change a field."""
+    seeds: int = 1
+    """How many seeds to train each arm with; seeds count up from --seed."""
+    arm_lr: tuple[str, ...] = ()
+    """Learning rates by arm, as ARM=LR; --lr sets that of all arms."""
+    sweep_lr: bool = False
+    """Tune each arm's learning rate first, on a grid that is extended until the optimum lies inside it."""
+    timing_rounds: int = 20
+    """Steps of each arm, by turns, from which the step times are taken."""
+    prompt: str | None = None
+    """What the samples continue; "def " if not given."""
+    sample_tokens: int = 400
+    """Length of each arm's sample."""
+
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise ValueError("no arms given; give some, such as --arms gpt ngpt")
+        if len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"an arm is given twice in {' '.join(self.arms)}; give each once")
+        for name, least in (("seeds", 1), ("timing_rounds", 1), ("sample_tokens", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def learning_rates(self) -> dict[str, float]:
+        """`arm_lr`, parsed. Raises ValueError for what is not ARM=LR of a given arm."""
+        rates: dict[str, float] = {}
+        for item in self.arm_lr:
+            arm, _, text = item.rpartition("=")
+            if arm not in self.arms:
+                raise ValueError(f"--arm-lr {item}: {arm or item!r} is not among the arms {', '.join(self.arms)}")
+            try:
+                rates[arm] = float(text)
+            except ValueError:
+                raise ValueError(f"--arm-lr {item}: {text!r} is not a number") from None
+        return rates
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Final validation losses on a grid of learning rates; a run that diverged counts as inf."""
+
+    losses: dict[float, float]
+
+    @property
+    def best(self) -> float:
+        """The rate with the lowest loss."""
+        return min(self.losses, key=lambda lr: self.losses[lr])
+
+    @property
+    def best_inside(self) -> bool:
+        """Whether the grid goes on, with higher losses, on both sides of the best."""
+        return min(self.losses) < self.best < max(self.losses)
+
+    def as_record(self) -> dict[str, Any]:
+        """For the summary; a diverged run's loss is null."""
+        rates = sorted(self.losses)
+        losses = [self.losses[lr] if math.isfinite(self.losses[lr]) else None for lr in rates]
+        return {"lr": rates, "val_loss": losses, "best_inside_grid": self.best_inside}
+
+
+def grid_lr(i: int) -> float:
+    """Learning rate number i of the grid, to two digits; number -15 is 0.001."""
+    return float(f"{10 ** (i / LR_STEPS_PER_DECADE):.1e}")
+
+
+def compare(
+    what: CompareConfig,
+    config: TrainConfig,
+    options: RunOptions,
+    data: DataConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train the arms, time them, and write summary.json and report.html into `out`.
+
+    Everything can be interrupted and resumed: finished runs are kept, an unfinished one goes on from its checkpoint.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ValueError: bad settings, data or folder; before anything is written.
+        Interrupted, NonFinite: as from `train`.
+    """
+    rates = what.learning_rates()
+    arms = {arm: resolve(arm, dataclasses.replace(config, lr=rates.get(arm, config.lr))) for arm in what.arms}
+    device = choose_device(options.device)
+    check_writable(out)
+    with process_settings(options, device):
+        corpus = load_corpus(data, cache_dir=data_cache())
+        for arm, resolved in arms.items():
+            model_config(arm, resolved, corpus.vocab_size)
+        wanted = _record(what, arms, data, corpus)
+        _check_folder(out, wanted, resume)
+        with RunLock(out):
+            atomic_write_json(out / COMPARE_FILE, wanted)
+            comparison = _Comparison(what, arms, options, data, corpus, out)
+            summary = comparison.go(given=bool(rates) or config.lr is not None)
+            atomic_write_json(out / SUMMARY_FILE, summary)
+            write_report(summary, out / REPORT_FILE)
+    return summary
+
+
+def _record(what: CompareConfig, arms: Mapping[str, TrainConfig], data: DataConfig, corpus: Corpus) -> dict[str, Any]:
+    defining = {"arms": list(what.arms), "seeds": what.seeds, "sweep_lr": what.sweep_lr}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "compare": defining,
+        "arms": {arm: dataclasses.asdict(config) for arm, config in arms.items()},
+        "data": dataclasses.asdict(data),
+        "data_sha256": corpus.sha256,
+    }
+
+
+def _check_folder(out: Path, wanted: dict[str, Any], resume: bool) -> None:
+    path = out / COMPARE_FILE
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} holds a single run; choose another --out for the comparison")
+    if not path.exists():
+        return
+    try:
+        there = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is broken; choose another --out") from None
+    different = differences(wanted, there)
+    if different:
+        shown = "; ".join(different[:5]) + (f"; and {len(different) - 5} more" if len(different) > 5 else "")
+        raise ValueError(f"{out} holds another comparison: {shown}. Choose another --out, or the same settings")
+    if not resume:
+        raise ValueError(f"{out} exists; give --resume to continue it, or another --out")
+
+
+class _Comparison:
+    """A comparison in its folder: what `compare` does once everything is checked."""
+
+    def __init__(
+        self,
+        what: CompareConfig,
+        arms: dict[str, TrainConfig],
+        options: RunOptions,
+        data: DataConfig,
+        corpus: Corpus,
+        out: Path,
+    ) -> None:
+        self.what, self.arms, self.options, self.data, self.corpus, self.out = what, arms, options, data, corpus, out
+        self.sweeps: dict[str, Sweep] = {}
+
+    def go(self, given: bool) -> dict[str, Any]:
+        results: dict[str, dict[int, Result]] = {}
+        for arm in self.arms:
+            if self.what.sweep_lr:
+                self._sweep(arm)
+            results[arm] = {seed: self._train(arm, self._lr(arm), seed) for seed in self._seeds(arm)}
+        say(f"timing {self.what.timing_rounds} steps of each arm, by turns")
+        trainers = {arm: self._trainer(arm) for arm in self.arms}
+        costs = time_steps(trainers, self.what.timing_rounds)
+        facts = next(iter(trainers.values()))
+        summary_arms = {
+            arm: self._arm_summary(arm, results[arm], costs[arm], trainers[arm], given) for arm in self.arms
+        }
+        best = best_gpt_arm(summary_arms)
+        deviations = [a["inspection"]["max_norm_deviation"] for a in summary_arms.values()]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "arms": summary_arms,
+            "best_gpt_arm": best,
+            **headline_ratios(summary_arms, best),
+            "max_norm_deviation": max((d for d in deviations if d is not None), default=None),
+            "ratio_curve": ratio_curve(summary_arms, best),
+            "environment": {
+                **environment(facts.device),
+                "dtype": facts.dtype_name,
+                "compiled": facts.compiled,
+                "data": self.corpus.name,
+                "data_sha256": self.corpus.sha256,
+                "seeds": list(self._seeds(next(iter(self.arms)))),
+                "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            },
+            "config": {
+                **dataclasses.asdict(self.what),
+                **facts.config.shape(),
+                "steps": facts.config.steps,
+                "batch_tokens": facts.tokens_per_step,
+                "eval_every": facts.config.eval_every,
+            },
+            "limits": self._limits(facts),
+        }
+
+    def _seeds(self, arm: str) -> Iterator[int]:
+        first = self.arms[arm].seed
+        return iter(range(first, first + self.what.seeds))
+
+    def _lr(self, arm: str) -> float:
+        lr = self.sweeps[arm].best if arm in self.sweeps else self.arms[arm].lr
+        assert lr is not None
+        return lr
+
+    def folder(self, arm: str, lr: float, seed: int) -> Path:
+        return self.out / "arms" / re.sub(r"[^\w.=,-]", "+", arm) / f"lr-{lr:g}-seed-{seed}"
+
+    def _train(self, arm: str, lr: float, seed: int, title: str | None = None) -> Result:
+        # each arm compiles its own code; what the last one compiled would only slow down the look-up
+        torch._dynamo.reset()
+        config = dataclasses.replace(self.arms[arm], lr=lr, seed=seed)
+        return train(
+            arm,
+            config,
+            self.options,
+            self.data,
+            self.folder(arm, lr, seed),
+            resume=True,
+            corpus=self.corpus,
+            title=title or (arm if self.what.seeds == 1 else f"{arm}, seed {seed}"),
+        )
+
+    def _sweep(self, arm: str) -> None:
+        """Try the grid's rates around the arm's default, and go on at whichever edge is best until none is."""
+        start = self.arms[arm].lr
+        assert start is not None
+        middle = round(math.log10(start) * LR_STEPS_PER_DECADE)
+        losses: dict[int, float] = {}
+        wanted = [middle - 1, middle, middle + 1]
+        while wanted and len(losses) < MAX_SWEEP_RUNS:
+            for i in wanted:
+                try:
+                    lr = grid_lr(i)
+                    losses[i] = self._train(arm, lr, self.arms[arm].seed, f"{arm}, lr {lr:g}").final_val_loss
+                except NonFinite as error:
+                    say(f"{arm}, lr {grid_lr(i):g}: diverged ({error})")
+                    losses[i] = math.inf
+            best = min(losses, key=lambda i: losses[i])
+            wanted = [i for i in (best - 1, best + 1) if i not in losses]
+        self.sweeps[arm] = Sweep({grid_lr(i): loss for i, loss in losses.items()})
+
+    def _trainer(self, arm: str) -> Trainer:
+        """A fresh trainer at the arm's rate, for timing; it shares no state with the runs."""
+        return Trainer(arm, dataclasses.replace(self.arms[arm], lr=self._lr(arm)), self.options, self.corpus)
+
+    def _arm_summary(
+        self, arm: str, results: dict[int, Result], cost: StepCost, trainer: Trainer, given: bool
+    ) -> dict[str, Any]:
+        losses = [r.final_val_loss for r in results.values()]
+        per_byte = [r.bits_per_byte for r in results.values() if r.bits_per_byte is not None]
+        any_result = next(iter(results.values()))
+        sweep = self.sweeps.get(arm)
+        sample = self._sample(arm, trainer)
+        return {
+            "architecture": parse_arm(arm).architecture,
+            "description": parse_arm(arm).about,
+            "final_val_loss": mean(losses),
+            "final_val_loss_spread": max(losses) - min(losses) if len(losses) > 1 else None,
+            "bits_per_byte": mean(per_byte) if per_byte else None,
+            "best_lr": self._lr(arm),
+            "lr_source": "swept here" if sweep else ("given" if given else "the preset's"),
+            "lr_sweep": sweep.as_record() if sweep else None,
+            "tokens": any_result.tokens,
+            "steps": any_result.steps,
+            "step_time_ms_median": cost.step_time_ms_median,
+            "step_time_ms_spread": list(cost.step_time_ms_spread),
+            "tokens_per_second": trainer.tokens_per_step / (cost.step_time_ms_median / 1e3),
+            "peak_memory_bytes": cost.peak_memory_bytes,
+            "num_parameters": any_result.num_parameters,
+            "train_seconds": mean(r.train_seconds for r in results.values()),
+            "skipped_steps": sum(r.skipped_steps for r in results.values()),
+            "seeds": {str(seed): self._curves(arm, seed, r) for seed, r in results.items()},
+            **sample,
+        }
+
+    def _curves(self, arm: str, seed: int, result: Result) -> dict[str, Any]:
+        records = read_jsonl(self.folder(arm, self._lr(arm), seed) / METRICS_FILE)
+        evals = [r for r in records if r["kind"] == "eval"]
+        steps = [r for r in records if r["kind"] == "train"]
+        return {
+            "final_val_loss": result.final_val_loss,
+            "curve": {
+                "step": [r["step"] for r in evals],
+                "tokens": [r["tokens"] for r in evals],
+                "val_loss": [r["val_loss"] for r in evals],
+            },
+            "train_curve": {"step": [r["step"] for r in steps], "loss": [r["loss"] for r in steps]},
+        }
+
+    def _sample(self, arm: str, trainer: Trainer) -> dict[str, Any]:
+        """A sample of text and the look inside, from the arm's first seed."""
+        run = load_run(self.folder(arm, self._lr(arm), next(self._seeds(arm))), trainer.device)
+        with trainer.autocast():
+            found: dict[str, Any] = {"inspection": inspect_model(run.model, trainer.val_batches[0])}
+            if run.tokenizer is not None and self.what.sample_tokens:
+                prompt = self.what.prompt or "def "
+                tokens = generate(run.model, run.tokenizer.encode(prompt), self.what.sample_tokens, Sampling(0.7))
+                found |= {"sample_prompt": prompt, "sample": run.tokenizer.decode(list(tokens))}
+        return found
+
+    def _limits(self, trainer: Trainer) -> list[str]:
+        """What the result does not show, said before somebody asks."""
+        config = trainer.config
+        assert config.steps is not None
+        size = trainer.model.num_parameters()
+        limits = [
+            f"Scale: models of about {size / 1e6:.3g} million parameters on one data set; the ratio depends on both.",
+            f"Horizon: {config.steps:,} steps of {trainer.tokens_per_step:,} tokens; the order may differ after more.",
+        ]
+        if self.what.seeds == 1:
+            limits.append("Chance: one seed; differences of about 0.01 nats may be chance. --seeds 3 shows the spread.")
+        if not self.what.sweep_lr:
+            limits.append("Grid: learning rates were not swept in this run; --sweep-lr tunes every arm on this data.")
+        elif not all(s.best_inside for s in self.sweeps.values()):
+            edge = [arm for arm, s in self.sweeps.items() if not s.best_inside]
+            limits.append(f"Grid: the best learning rate of {', '.join(edge)} lies at the edge of what was tried.")
+        else:
+            limits.append("Grid: learning rates are factors of 1.6 apart, and tuned with one seed.")
+        return limits

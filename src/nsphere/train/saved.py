@@ -1,0 +1,50 @@
+"""A run on disk, read back: the model, its tokenizer and what is known of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsphere.layers import Decoder
+from nsphere.presets import make_config, make_model
+from nsphere.train.checkpoint import load_checkpoint
+from nsphere.train.config import read_config
+from nsphere.train.loop import TOKENIZER_FOLDER
+from nsphere.train.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run folder's content."""
+
+    folder: Path
+    step: int
+    config: dict[str, Any]
+    model: Decoder
+    tokenizer: Tokenizer | None
+
+
+def load_run(path: Path, device: torch.device) -> SavedRun:
+    """The run of a folder, or of one of its checkpoints (RUN/checkpoints/step-…): newest sound weights, or those.
+
+    Raises:
+        ValueError: no run folder, or a checkpoint that is broken, newer, or of another architecture.
+    """
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path
+    if (folder / "summary.json").exists() and (folder / "arms").is_dir():
+        arms = ", ".join(sorted(str(p.parent) for p in folder.glob("arms/*/*/config.json")))
+        raise ValueError(f"{folder} holds a comparison; give one of its runs: {arms}")
+    config = read_config(folder)
+    checkpoint = load_checkpoint(path, expect_architecture=config["architecture"])
+    with torch.random.fork_rng(devices=[]):
+        model = make_model(make_config(config["architecture"], **config["model"]))
+    checkpoint.restore(model)
+    tokenizer = folder / TOKENIZER_FOLDER
+    return SavedRun(
+        folder,
+        checkpoint.step,
+        config,
+        model.to(device).eval(),
+        load_tokenizer(tokenizer) if tokenizer.is_dir() else None,
+    )
