@@ -12,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from nsphere.train import checkpoint as checkpoint_module
-from nsphere.train.checkpoint import load_checkpoint, save_checkpoint
+from nsphere.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from nsphere.train.files import JsonlWriter, RunLock, read_jsonl
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
@@ -237,11 +238,9 @@ class TestContents:
         save(tmp_path, 2)
         folder = save(tmp_path, 4)
         resign(folder, schema_version=2)
-        for path in (tmp_path, folder):
-            with pytest.raises(
-                ValueError, match="has schema version 2, and this nsphere reads up to 1; update"
-            ) as caught:
-                load_checkpoint(path)
+        for look, path in ((load_checkpoint, tmp_path), (load_checkpoint, folder), (latest_checkpoint, tmp_path)):
+            with pytest.raises(ValueError, match="schema version 2, and this nsphere reads up to 1; update") as caught:
+                look(path)
             one_line(str(caught.value))
 
     @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
@@ -403,7 +402,9 @@ def run_script(mode, run):
 
 class TestKills:
     def test_at_every_stage_of_a_save(self, tmp_path):
-        told = run_script("stages", tmp_path)
+        # in memory where there is such a folder: it is what the file system shows that matters, and there are many
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as folder:
+            told = run_script("stages", folder)
         for kind in ("new", "again"):
             seen = told[kind]
             # killed before the rename: the old one; after it: the new one; never anything else
@@ -455,12 +456,13 @@ def killed_at(event, run, job):
 def kill_at_every_stage(run):
     jobs = {"new": lambda folder: save(folder, 6), "again": lambda folder: save(folder, 4, value=40)}
     told = {}
+    for step in (2, 4):
+        save(run / "before", step)
     for kind, job in jobs.items():
         told[kind] = []
         for event in range(1, 1000):
             folder = run / f"{kind}-{event}"
-            save(folder, 2)
-            save(folder, 4)
+            shutil.copytree(run / "before", folder)
             if not killed_at(event, folder, job):
                 break
             # the folder as a reader finds it, and as the next save does
@@ -477,7 +479,8 @@ def kill_at_every_stage(run):
 
 
 def kill_at_random(run):
-    rng, size = random.Random(0), 200
+    rng, size = random.Random(0), 100
+    os.fsync = lambda _: time.sleep(0.002)  # a disk that takes its time, so that kills come in all stages of a save
     middle, last = 0, 0
     for _ in range(12):
         read, write = os.pipe()
@@ -492,7 +495,7 @@ def kill_at_random(run):
         os.close(write)
         with os.fdopen(read, "rb") as pipe:
             pipe.read(4)
-            time.sleep(rng.uniform(0, 0.05))  # a save takes about 8 ms
+            time.sleep(rng.uniform(0, 0.05))  # a save takes about 20 ms
             os.kill(child, 9)
             os.waitpid(child, 0)
             announced = pipe.read()

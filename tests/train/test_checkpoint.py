@@ -580,6 +580,13 @@ class TestFolders:
         (save(tmp_path, 4) / "state.json").write_text("")
         assert latest_checkpoint(tmp_path) == first
 
+    def test_latest_does_not_say_none_where_all_are_broken(self, tmp_path):
+        """A run that took this for a fresh start would bury what is left of the old one."""
+        for step in (2, 4):
+            (save(tmp_path, step) / "model.safetensors").unlink()
+        with pytest.raises(ValueError, match=r"step-00000004: model\.safetensors is missing; step-00000002: model"):
+            latest_checkpoint(tmp_path)
+
     def test_what_a_killed_save_left_is_removed(self, tmp_path):
         save(tmp_path, 2)
         for left in (".tmp-step-00000004-abcd", ".replaced-step-00000002"):
@@ -592,8 +599,10 @@ class TestFolders:
 
     def test_a_half_done_replacement_is_undone(self, tmp_path):
         path = save(tmp_path, 2)
-        path.rename(path.with_name(".replaced-step-00000002"))
-        assert load_checkpoint(tmp_path).step == 2
+        for look in (load_checkpoint, latest_checkpoint):
+            path.rename(path.with_name(".replaced-step-00000002"))
+            assert look(tmp_path)
+            assert names(tmp_path) == ["step-00000002"]
 
     def test_loading_leaves_alone_what_a_running_job_is_writing(self, tmp_path, monkeypatch):
         save(tmp_path, 2)

@@ -175,14 +175,6 @@ def _by_step(checkpoints: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def latest_checkpoint(run_folder: Path | str) -> Path | None:
-    """The newest checkpoint of a run whose files are all there with the right sizes, or None.
-
-    Contents are verified by `load_checkpoint`; give that the run folder if it may fall back on an older one.
-    """
-    return next((folder for _, folder in _by_step(Path(run_folder) / "checkpoints") if _is_complete(folder)), None)
-
-
 def _discard(folder: Path) -> None:
     """Remove a folder; first it loses its name, so that a kill leaves no half of a checkpoint."""
     hidden = folder.with_name(f"{_TEMPORARY}{folder.name.lstrip('.')}-{secrets.token_hex(4)}")
@@ -206,10 +198,12 @@ def _clean(checkpoints: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _clean_if_unused(run_folder: Path, checkpoints: Path) -> None:
+def _clean_if_unused(checkpoints: Path) -> None:
     """`_clean`, unless another job is at work in the run folder, whose unfinished save this might be."""
-    if not any(path.name.startswith((_TEMPORARY, _REPLACED)) for path in checkpoints.iterdir()):
+    hidden = (_TEMPORARY, _REPLACED)
+    if not checkpoints.is_dir() or not any(path.name.startswith(hidden) for path in checkpoints.iterdir()):
         return
+    run_folder = checkpoints.parent
     try:
         with nullcontext() if RunLock.is_held_here(run_folder) else RunLock(run_folder):
             _clean(checkpoints)
@@ -246,9 +240,36 @@ def _keep_last(checkpoints: Path, step: int, keep_last: int) -> None:
             complete += _is_complete(folder)
 
 
+def _none_usable(checkpoints: Path, faults: list[str]) -> ValueError:
+    return ValueError(f"no checkpoint in {checkpoints} can be used: {'; '.join(faults)}")
+
+
+def latest_checkpoint(run_folder: Path | str) -> Path | None:
+    """The newest checkpoint of a run whose files are all there with the right sizes; None if it has no checkpoint.
+
+    Contents are verified by `load_checkpoint`; give that the run folder if it may fall back on an older one.
+
+    Raises:
+        ValueError: there are checkpoints and all are incomplete (each is named), or a newer nsphere saved the
+            newest: starting over would lose what can perhaps be saved.
+    """
+    checkpoints = Path(run_folder) / "checkpoints"
+    _clean_if_unused(checkpoints)
+    faults = []
+    for _, folder in _by_step(checkpoints):
+        try:
+            _verify(folder, hashes=False)
+            return folder
+        except _Broken as fault:
+            faults.append(f"{folder.name}: {fault}")
+    if faults:
+        raise _none_usable(checkpoints, faults)
+    return None
+
+
 def _not_written(folder: Path, step: int, error: OSError) -> OSError:
     """The error of a failed save: why, what is left, and what to do."""
-    last = latest_checkpoint(folder)
+    last = next((path for _, path in _by_step(folder / "checkpoints") if _is_complete(path)), None)
     reason = error.strerror or str(error)
     try:
         free = f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB free)"
@@ -434,8 +455,7 @@ def load_checkpoint(path: Path | str, *, expect_architecture: str | None = None)
             raise ValueError(
                 f"checkpoint {path} can't be used: {fault}; give the run folder to take the newest sound one"
             ) from fault
-    if checkpoints.is_dir():
-        _clean_if_unused(path, checkpoints)
+    _clean_if_unused(checkpoints)
     faults = []
     for _, folder in _by_step(checkpoints):
         try:
@@ -444,5 +464,5 @@ def load_checkpoint(path: Path | str, *, expect_architecture: str | None = None)
             faults.append(f"{folder.name}: {fault}")
             logger.warning("checkpoint %s can't be used: %s; trying the one before it", folder, fault)
     if faults:
-        raise ValueError(f"no checkpoint in {checkpoints} can be used: {'; '.join(faults)}")
+        raise _none_usable(checkpoints, faults)
     raise ValueError(f"{path} holds no checkpoint; give a run folder, or one of its checkpoints/step-XXXXXXXX")
