@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from nsphere import curves
 
-
 LOSSES = st.integers(32, 640).map(lambda i: i / 64)
 
 
@@ -100,9 +99,7 @@ class TestMeanCurve:
         }
 
     def test_only_evaluations_that_all_seeds_have(self):
-        made = curves.mean_curve(
-            arm([4.0, 2.0, None, 1.0], s1=[6.0, 2.5, 9.0, 1.5]) | {"final_val_loss": 1.25}
-        )
+        made = curves.mean_curve(arm([4.0, 2.0, None, 1.0], s1=[6.0, 2.5, 9.0, 1.5]) | {"final_val_loss": 1.25})
         assert made["tokens"] == [0, 10, 30]
         assert made["val_loss"] == [5.0, 2.25, 1.25]
 

@@ -17,7 +17,7 @@ import summaries
 from matplotlib.figure import Figure
 
 from nsphere import drawing, page, pictures, report
-from nsphere.curves import ratio_curve
+from nsphere.curves import headline_ratios, ratio_curve
 
 PICTURED = {
     "loss-tokens": 1,
@@ -121,10 +121,10 @@ class TestAnswer:
             f"GPT + QK-norm reached nGPT’s final loss with {made['reverse_tokens_ratio']:.2f}× the tokens"
         )
 
-    def test_seeds_that_overlap_are_within_the_noise(self):
+    def test_seeds_that_overlap_are_said(self):
         made = summaries.summary(seeds=3, final={"ngpt": 1.198})
-        assert "within the noise" in report.answer(made)[1][-1]
-        assert "within the noise" not in report.answer(summaries.summary(seeds=3))[1][-1]
+        assert "final losses overlap" in report.answer(made)[1][-1]
+        assert "final losses overlap" not in report.answer(summaries.summary(seeds=3))[1][-1]
 
     def test_seeds_that_never_got_there_are_counted(self):
         made = summaries.summary(seeds=3) | {"tokens_ratio_by_seed": {"0": 0.7, "1": None, "2": 0.8}}
@@ -135,6 +135,22 @@ class TestAnswer:
         made = summaries.summary()
         made["arms"]["gpt"]["lr_sweep"]["best_inside_grid"] = False
         assert "learning rate of GPT lies at the edge" in report.answer(made)[1][-1]
+
+    def test_a_variant_of_ngpt_answers_where_ngpt_is_not_there(self):
+        made = summaries.summary()
+        made["arms"]["ngpt,s_qk=fixed"] = made["arms"].pop("ngpt")
+        made |= {"tokens_ratio": None, "seconds_ratio": None, "tokens_ratio_reason": "no arm 'ngpt'"}
+        expected = report.answer(summaries.summary())[0].replace("nGPT", "ngpt,s_qk=fixed")
+        assert report.answer(made)[0] == expected
+
+    def test_no_ratio_has_its_reason(self):
+        made = summaries.summary()
+        for seed in made["arms"]["gpt-qknorm"]["seeds"].values():
+            seed.pop("curve")
+        made |= headline_ratios(made["arms"], "gpt-qknorm")
+        sentence, remarks = report.answer(made)
+        assert sentence == "This run gives no ratio between nGPT and GPT + QK-norm."
+        assert remarks[0] == "gpt-qknorm has no validation curve with finite losses."
 
     def test_nothing_to_compare(self):
         sentence, _ = report.answer(summaries.summary(arms=("gpt", "gpt-qknorm")))

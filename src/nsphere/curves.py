@@ -25,9 +25,7 @@ from typing import Any
 Arms = Mapping[str, Mapping[str, Any]]
 
 
-def tokens_to_reach(
-    curve_x: Sequence[float], curve_loss: Sequence[float | None], target: float
-) -> float | None:
+def tokens_to_reach(curve_x: Sequence[float], curve_loss: Sequence[float | None], target: float) -> float | None:
     """The first x at which a curve, linear between its evaluations, is at or below `target`.
 
     Args:
@@ -75,9 +73,7 @@ def mean_curve(arm: Mapping[str, Any]) -> dict[str, Any]:
     curves = []
     for seed in arm.get("seeds", {}).values():
         if seed.get("curve"):
-            curves.append(
-                dict(zip(*_measured(seed["curve"]["tokens"], seed["curve"]["val_loss"]), strict=True))
-            )
+            curves.append(dict(zip(*_measured(seed["curve"]["tokens"], seed["curve"]["val_loss"]), strict=True)))
     tokens = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     columns = [[curve[t] for curve in curves] for t in tokens]
     return {
@@ -121,9 +117,7 @@ def ratio_curve(arms: Arms, best: str | None) -> dict[str, Any]:
     empty: dict[str, Any] = {"best_gpt_arm": best, "loss": [], "tokens": [], "seconds": [], "arms": {}}
     if best is None or not curve[best]["tokens"]:
         return empty
-    after_start = [
-        loss for t, loss in zip(curve[best]["tokens"], curve[best]["val_loss"], strict=True) if t > 0
-    ]
+    after_start = [loss for t, loss in zip(curve[best]["tokens"], curve[best]["val_loss"], strict=True) if t > 0]
     if not after_start:
         return empty
     lowest, highest = min(after_start), after_start[0]
@@ -238,9 +232,7 @@ def _measured(xs: Sequence[float], losses: Sequence[float | None]) -> tuple[list
         raise ValueError(f"a curve needs one loss per x; received {len(xs)} x and {len(losses)} losses")
     for before, after in itertools.pairwise(xs):
         if not after > before:
-            raise ValueError(
-                f"a curve's x must increase; received {before} followed by {after}; sort or drop repeats"
-            )
+            raise ValueError(f"a curve's x must increase; received {before} followed by {after}; sort or drop repeats")
     kept = [(x, loss) for x, loss in zip(xs, losses, strict=True) if loss is not None and math.isfinite(loss)]
     return [x for x, _ in kept], [loss for _, loss in kept]
 

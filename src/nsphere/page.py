@@ -7,9 +7,7 @@ harm even if it looks like HTML.
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from nsphere.drawing import ARM_COLOURS, CSS_NAMES, arm_styles, clean, swatch
 
@@ -125,19 +123,6 @@ def html_page(title: str, body: Iterable[str]) -> str:
         f"<style>:root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n{_CSS}</style>\n"
         "</head>\n<body>\n" + "\n".join(part for part in body if part) + "\n</body>\n</html>\n"
     )
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a text file that is complete or not there, whatever happens in between."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 _CSS = """

@@ -26,8 +26,8 @@ from nsphere.page import (
     pair,
     section,
     table,
-    write_whole,
 )
+from nsphere.train.files import atomic_write_text
 
 EIGEN_LR = (("eigen_lr_attention", "α_A, attention"), ("eigen_lr_mlp", "α_M, MLP"))
 SCALES = (("s_qk", "s_qk, queries and keys"), ("s_u", "s_u, MLP in"), ("s_v", "s_ν, MLP gate"))
@@ -76,7 +76,7 @@ def write_report(summary: Mapping[str, Any], path: Path) -> None:
         section("How to repeat it", _repeat(environment, summary.get("config"))),
         section("What this does not show", _limits(summary)),
     ]
-    write_whole(path, html_page(f"nsphere compare: {sentence}", body))
+    atomic_write_text(path, html_page(f"nsphere compare: {sentence}", body))
 
 
 def write_inspection(inspection: Mapping[str, Any], title: str, path: Path) -> None:
@@ -97,74 +97,75 @@ def write_inspection(inspection: Mapping[str, Any], title: str, path: Path) -> N
         f'<header><p class="kicker">nsphere inspect</p><h1>{escape(title)}</h1></header>',
         section("Inside the model", *_inside({name: inspection})),
     ]
-    write_whole(path, html_page(f"nsphere inspect: {title}", body))
+    atomic_write_text(path, html_page(f"nsphere inspect: {title}", body))
 
 
 def answer(summary: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The comparison's result in one sentence, whichever way it went, and the remarks that belong with it."""
     arms = summary["arms"]
     styles = arm_styles(arms)
-    best, ratio = summary.get("best_gpt_arm"), summary.get("tokens_ratio")
-    if "ngpt" not in arms or best is None:
-        only = best or ("ngpt" if "ngpt" in arms else None)
-        missing = "GPT" if best is None else "nGPT"
+    best, name = summary.get("best_gpt_arm"), _sphere_arm(arms)
+    if name is None or best is None:
+        only, missing = best or name, "GPT" if best is None else "nGPT"
         result = f"; {styles[only].title} ended at {_loss_text(arms[only])}" if only else ""
         return f"No {missing} arm was measured, so there is no comparison{result}.", []
 
-    ours, theirs = styles["ngpt"].title, styles[best].title
+    found = summary if name == "ngpt" else headline_ratios(arms, best, name)
+    ratio, seconds = found.get("tokens_ratio"), found.get("seconds_ratio")
+    ours, theirs, ended = styles[name].title, styles[best].title, _loss_text(arms[name], "")
     target = mean_curve(arms[best])["val_loss"][-1:]
     goal = f"{target[0]:.3f} nats per token" if target else _loss_text(arms[best])
-    remarks = []
-    if ratio is not None:
-        seconds = summary.get("seconds_ratio")
-        sentence = f"{ours} needed {ratio:.2f}× the tokens"
-        if seconds is None:
-            sentence += f" to reach {theirs}’s final loss."
-            remarks.append(f"In seconds: {summary.get('seconds_ratio_reason') or 'not measured'}.")
-        else:
-            link = "and" if (ratio < 1) == (seconds < 1) else "but"
-            sentence += f" {link} {seconds:.2f}× the seconds to reach {theirs}’s final loss."
-        remarks.insert(0, f"{theirs} is the best GPT arm here; its final loss is {goal}. {_ended(arms, styles)}")
-    elif summary.get("reverse_tokens_ratio") is not None:
-        sentence = f"{ours} did not reach {theirs}’s final loss of {goal}; it ended at {_loss_text(arms['ngpt'], '')}."
-        reverse = f"{theirs} reached {ours}’s final loss with {summary['reverse_tokens_ratio']:.2f}× the tokens"
-        if summary.get("reverse_seconds_ratio") is not None:
-            reverse += f" and {summary['reverse_seconds_ratio']:.2f}× the seconds"
-        remarks.append(f"{reverse} that {ours} needed.")
+    after = f" after {count(arms[name]['tokens'])} tokens" if arms[name].get("tokens") else ""
+    remarks = [f"{theirs} is the best GPT arm here; its final loss is {goal}. {ours} itself ended at {ended}{after}."]
+    if ratio is not None and seconds is not None:
+        link = "and" if (ratio < 1) == (seconds < 1) else "but"
+        cost = f"{ratio:.2f}× the tokens {link} {seconds:.2f}× the seconds"
+        sentence = f"{ours} needed {cost} to reach {theirs}’s final loss."
+    elif ratio is not None:
+        sentence = f"{ours} needed {ratio:.2f}× the tokens to reach {theirs}’s final loss."
+        remarks.append(f"In seconds: {found.get('seconds_ratio_reason') or 'not measured'}.")
+    elif found.get("reverse_tokens_ratio") is not None:
+        sentence = f"{ours} did not reach {theirs}’s final loss of {goal}; it ended at {ended}."
+        reverse = f"{theirs} reached {ours}’s final loss with {found['reverse_tokens_ratio']:.2f}× the tokens"
+        if found.get("reverse_seconds_ratio") is not None:
+            reverse += f" and {found['reverse_seconds_ratio']:.2f}× the seconds"
+        remarks = [f"{reverse} that {ours} needed."]
     else:
-        sentence = f"{ours} did not reach {theirs}’s final loss of {goal}."
-        remarks.append(f"{summary.get('tokens_ratio_reason') or 'No reason was recorded'}.")
-    return sentence, [*remarks, *_caution(summary, best)]
+        sentence = f"This run gives no ratio between {ours} and {theirs}."
+        remarks = [f"{found.get('tokens_ratio_reason') or 'No reason was recorded'}."]
+    return sentence, [*remarks, _caution(arms, best, name, found.get("tokens_ratio_by_seed") or {})]
 
 
-def _ended(arms: Mapping[str, Any], styles: Mapping[str, Any]) -> str:
-    ngpt = arms["ngpt"]
-    after = f" after {count(ngpt['tokens'])} tokens" if ngpt.get("tokens") else ""
-    return f"{styles['ngpt'].title} itself ended at {_loss_text(ngpt, '')}{after}."
+def _sphere_arm(arms: Mapping[str, Any]) -> str | None:
+    """The arm that the question is about: `ngpt`, or else the variant of it with the lowest final loss."""
+    variants = [name for name, arm in arms.items() if arm.get("architecture") == "ngpt"]
+    if "ngpt" in arms or not variants:
+        return "ngpt" if "ngpt" in arms else None
+    return min(variants, key=lambda name: arms[name].get("final_val_loss") or math.inf)
 
 
-def _caution(summary: Mapping[str, Any], best: str) -> list[str]:
+def _caution(arms: Mapping[str, Any], best: str, name: str, by_seed: Mapping[str, float | None]) -> str:
     """What a reader must know before believing the sentence above it."""
-    arms = summary["arms"]
     styles = arm_styles(arms)
     said = []
-    by_seed = summary.get("tokens_ratio_by_seed") or {}
     if len(by_seed) > 1:
         reached = [ratio for ratio in by_seed.values() if ratio is not None]
         if reached:
             said.append(f"Seed by seed the tokens ratio lies between {min(reached):.2f} and {max(reached):.2f}")
         if len(reached) < len(by_seed):
-            said.append(f"In {len(by_seed) - len(reached)} of {len(by_seed)} seeds nGPT did not get there")
-        ours, theirs = (_seed_losses(arms[name]) for name in ("ngpt", best))
+            said.append(
+                f"In {len(by_seed) - len(reached)} of {len(by_seed)} seeds {styles[name].title} did not get there"
+            )
+        ours, theirs = (_seed_losses(arms[arm]) for arm in (name, best))
         if ours and theirs and max(min(ours), min(theirs)) <= min(max(ours), max(theirs)):
-            said.append("The final losses of the seeds overlap: the difference is within the noise")
+            said.append("The seeds’ final losses overlap: it takes more seeds to tell the two apart")
     else:
         said.append("One seed: how much of the difference is chance cannot be told from this run")
     edge = [n for n, arm in arms.items() if (arm.get("lr_sweep") or {}).get("best_inside_grid") is False]
     if edge:
         names = " and ".join(styles[name].title for name in edge)
         said.append(f"The best learning rate of {names} lies at the edge of the grid: it may do better than shown")
-    return [". ".join(said) + "."]
+    return ". ".join(said) + "."
 
 
 def _what_was_run(summary: Mapping[str, Any]) -> list[str]:
