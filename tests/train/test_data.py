@@ -13,16 +13,27 @@ from tokenizers import models, pre_tokenizers
 from nsphere.train.corpus import read_stdlib
 from nsphere.train.data import Batches, Corpus, DataConfig, load_corpus
 from nsphere.train.texts import PIECE_BYTES, held_out_files
-from nsphere.train.tokenizer import SEPARATOR, SubwordTokenizer, train_bpe
+from nsphere.train.tokenizer import SEPARATOR, SubwordTokenizer, Tokenizer, train_bpe
 
 
 def load(data: Path | str, cache_dir: Path | None = None, **settings) -> Corpus:
     return load_corpus(DataConfig(data=str(data), **settings), cache_dir=cache_dir)
 
 
+def tokens_of(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of both splits, as they lie in memory or on disk."""
+    return corpus.train.tokens[:], corpus.val.tokens[:]
+
+
 def text_of(corpus: Corpus) -> tuple[bytes, bytes]:
     """The bytes of both splits of a corpus in byte tokens, separators included."""
-    return corpus.train.tokens[:].tobytes(), corpus.val.tokens[:].tobytes()
+    train, val = tokens_of(corpus)
+    return train.tobytes(), val.tobytes()
+
+
+def tokenizer_of(corpus: Corpus) -> Tokenizer:
+    assert corpus.tokenizer is not None
+    return corpus.tokenizer
 
 
 def write_folder(folder: Path, files: dict[str, str]) -> Path:
@@ -70,6 +81,7 @@ class TestEmbedded:
         assert load_corpus(DataConfig()).train.separator_id is None
         corpus = load_corpus(DataConfig(document_mask=True))
         batch = Batches(corpus.train, context=2000, batch_size=20, seed=0)(0)
+        assert batch.document_ids is not None
         borders = (batch.inputs == 0)[:, :-1].sum(1)
         assert borders.sum() > 0
         assert batch.document_ids[:, -1].tolist() == borders.tolist()
@@ -197,8 +209,8 @@ class TestTokenFiles:
 
     def test_train_and_val_files(self, tmp_path):
         corpus = load(self.write(tmp_path / "data", train=3000, val=1000), vocab_size=500)
-        assert corpus.train.tokens[:].tolist() == self.TOKENS[:3000].tolist()
-        assert corpus.val.tokens[:].tolist() == self.TOKENS[3000:].tolist()
+        assert tokens_of(corpus)[0].tolist() == self.TOKENS[:3000].tolist()
+        assert tokens_of(corpus)[1].tolist() == self.TOKENS[3000:].tolist()
         assert (corpus.vocab_size, corpus.tokenizer, corpus.bytes_per_token) == (500, None, None)
         assert corpus.name == "data"
 
@@ -207,8 +219,8 @@ class TestTokenFiles:
         self.TOKENS.astype(dtype).tofile(tmp_path / "tokens.bin")
         for data in (tmp_path, tmp_path / "tokens.bin"):
             corpus = load(data, vocab_size=500, token_dtype=dtype, val_fraction=0.25)
-            assert corpus.train.tokens[:].tolist() == self.TOKENS[:3000].tolist()
-            assert corpus.val.tokens[:].tolist() == self.TOKENS[3000:].tolist()
+            assert tokens_of(corpus)[0].tolist() == self.TOKENS[:3000].tolist()
+            assert tokens_of(corpus)[1].tolist() == self.TOKENS[3000:].tolist()
 
     @pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "uint16"), (20240801, 7, "uint32")])
     def test_shards_with_headers(self, tmp_path, magic, version, dtype):
@@ -224,8 +236,8 @@ class TestTokenFiles:
             content = header.tobytes() + self.TOKENS[start:stop].astype(dtype).tobytes()
             (tmp_path / f"fineweb_{name}.bin").write_bytes(content)
         corpus = load(tmp_path, vocab_size=500, token_dtype=dtype)
-        assert corpus.train.tokens[:].tolist() == self.TOKENS[:3000].tolist()
-        assert corpus.val.tokens[:].tolist() == self.TOKENS[3000:].tolist()
+        assert tokens_of(corpus)[0].tolist() == self.TOKENS[:3000].tolist()
+        assert tokens_of(corpus)[1].tolist() == self.TOKENS[3000:].tolist()
         other = "uint32" if dtype == "uint16" else "uint16"
         assert f"says in its header that its tokens are {dtype}, not {other}; set token_dtype" in refusal(
             tmp_path, vocab_size=500, token_dtype=other
@@ -233,6 +245,12 @@ class TestTokenFiles:
         torn = tmp_path / "fineweb_train_000003.bin"
         torn.write_bytes(torn.read_bytes()[:-4])
         assert "its header promises 2299 tokens" in refusal(tmp_path, vocab_size=500, token_dtype=dtype)
+
+    @pytest.mark.parametrize("cut", [1, 500, 2999, 3000, 3001, 3999])
+    def test_shards_without_validation_give_the_tail_of_them_all(self, tmp_path, cut):
+        corpus = load(self.write(tmp_path, train_1=cut, train_2=4000 - cut), vocab_size=500, val_fraction=0.25)
+        assert tokens_of(corpus)[0].tolist() == self.TOKENS[:3000].tolist()
+        assert tokens_of(corpus)[1].tolist() == self.TOKENS[3000:].tolist()
 
     def test_the_hash_knows_the_tokens_and_not_the_files(self, tmp_path):
         sha256 = load(self.write(tmp_path / "a", train=3000, val=1000), vocab_size=500).sha256
@@ -291,7 +309,7 @@ class TestTokenFiles:
         corpus = load(tmp_path, tokenizer=str(tmp_path), document_mask=True)
         assert (corpus.vocab_size, corpus.train.separator_id) == (270, 0)
         assert corpus.bytes_per_token == pytest.approx(sum(len(text.encode()) for text in texts) / len(tokens))
-        assert corpus.tokenizer.decode(corpus.val.tokens[:].tolist()) == "".join(texts)[-len("".join(texts)) // 2 :]
+        assert tokenizer_of(corpus).decode(tokens_of(corpus)[1].tolist()) == "".join(texts)[-len("".join(texts)) // 2 :]
 
     def test_the_separator_of_bare_tokens_has_to_be_given(self, tmp_path):
         folder = self.write(tmp_path, train=3000, val=1000)
@@ -323,35 +341,35 @@ class TestTokenizers:
         corpus = load(folder, tokenizer="bpe:300", val_fraction=0.2)
         train = text_of(load(folder, val_fraction=0.2))[0].decode().split("\0")[:-1]
         expected = train_bpe(train, 300)
-        assert corpus.tokenizer.sha256 == expected.sha256
-        assert corpus.train.tokens.tolist() == [token for text in train for token in [*expected.encode(text), 0]]
-        val = corpus.val.tokens.tolist()
-        assert corpus.bytes_per_token == len(corpus.tokenizer.decode(val).encode()) / len(val)
-        assert (corpus.vocab_size, corpus.train.tokens.dtype) == (300, np.uint16)
+        assert tokenizer_of(corpus).sha256 == expected.sha256
+        assert tokens_of(corpus)[0].tolist() == [token for text in train for token in [*expected.encode(text), 0]]
+        val = tokens_of(corpus)[1].tolist()
+        assert corpus.bytes_per_token == len(tokenizer_of(corpus).decode(val).encode()) / len(val)
+        assert (corpus.vocab_size, tokens_of(corpus)[0].dtype) == (300, np.uint16)
 
     def test_a_document_longer_than_a_piece_has_one_separator(self, tmp_path):
         long = "".join(f"{number} é\n" for number in range(PIECE_BYTES // 3))
         write_folder(tmp_path / "texts", {"a.txt": long, "b.txt": "short\n"})
         corpus = load(tmp_path / "texts", tokenizer="bpe:300", val_fraction=0.5)
-        tokens = corpus.train.tokens
+        tokens = tokens_of(corpus)[0]
         assert np.flatnonzero(tokens == 0).tolist() == [len(tokens) - 1]
-        assert corpus.tokenizer.decode(tokens.tolist()) == long
+        assert tokenizer_of(corpus).decode(tokens.tolist()) == long
 
     def test_a_tokenizer_file_without_a_separator(self, folder, tmp_path):
         backend = Backend(models.WordLevel({"é": 0, "and": 1, "[UNK]": 2}, unk_token="[UNK]"))
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         backend.save(str(tmp_path / "tokenizer.json"))
-        settings = {"tokenizer": str(tmp_path / "tokenizer.json")}
-        corpus = load(folder, **settings)
+        name = str(tmp_path / "tokenizer.json")
+        corpus = load(folder, tokenizer=name)
         expected = [SubwordTokenizer(backend).encode(text) for text in text_of(load(folder))[0].decode().split("\0")]
-        assert corpus.train.tokens.tolist() == [token for text in expected for token in text]
-        assert (corpus.vocab_size, corpus.train.tokens.dtype) == (3, np.uint8)
-        assert "document_mask needs a token that ends a document" in refusal(folder, document_mask=True, **settings)
+        assert tokens_of(corpus)[0].tolist() == [token for text in expected for token in text]
+        assert (corpus.vocab_size, tokens_of(corpus)[0].dtype) == (3, np.uint8)
+        assert "document_mask needs a token that ends a document" in refusal(folder, document_mask=True, tokenizer=name)
 
     def test_separators_spelled_out_in_one_file_can_be_masked(self, tmp_path):
         (tmp_path / "stories.txt").write_text(f"a story\n{SEPARATOR}\nanother\n" * 50)
         corpus = load(tmp_path / "stories.txt", tokenizer="bpe:260", document_mask=True)
-        assert (corpus.train.tokens == corpus.train.separator_id).sum() > 40
+        assert (tokens_of(corpus)[0] == corpus.train.separator_id).sum() > 40
 
 
 class TestCache:
@@ -362,9 +380,9 @@ class TestCache:
         monkeypatch.setattr(SubwordTokenizer, "encode_batch", None)
         second = load(folder, tmp_path / "cache", tokenizer="bpe:300")
         for corpus in (first, second):
-            assert np.array_equal(corpus.train.tokens, plain.train.tokens)
-            assert np.array_equal(corpus.val.tokens, plain.val.tokens)
-            assert corpus.tokenizer.sha256 == plain.tokenizer.sha256
+            assert np.array_equal(tokens_of(corpus)[0], tokens_of(plain)[0])
+            assert np.array_equal(tokens_of(corpus)[1], tokens_of(plain)[1])
+            assert tokenizer_of(corpus).sha256 == tokenizer_of(plain).sha256
             assert (corpus.sha256, corpus.bytes_per_token) == (plain.sha256, plain.bytes_per_token)
 
     def test_large_byte_corpora_are_cached_too(self, folder, tmp_path, monkeypatch):
@@ -377,7 +395,7 @@ class TestCache:
     @pytest.mark.parametrize("damage", ["bits", "length", "missing", "manifest", "no manifest"])
     def test_a_damaged_cache_is_reported_and_built_again(self, folder, tmp_path, caplog, damage):
         cache = tmp_path / "cache"
-        expected = load(folder, cache, tokenizer="bpe:300").train.tokens.copy()
+        expected = tokens_of(load(folder, cache, tokenizer="bpe:300"))[0].copy()
         for built in sorted(cache.iterdir()):
             largest = max(built.iterdir(), key=lambda path: path.stat().st_size)
             content = bytearray(largest.read_bytes())
@@ -398,7 +416,7 @@ class TestCache:
             f"the cache {built} is damaged" for built in sorted(cache.iterdir())
         ]
         assert all(record.message.endswith("and is built again") for record in caplog.records)
-        assert np.array_equal(corpus.train.tokens, expected)
+        assert np.array_equal(tokens_of(corpus)[0], expected)
         caplog.clear()
         load(folder, cache, tokenizer="bpe:300")
         assert not caplog.records
@@ -428,7 +446,7 @@ class TestCache:
 
         monkeypatch.setattr("nsphere.train.data.train_bpe", train_while_another_does)
         corpus = load(folder, cache, tokenizer="bpe:300")
-        assert corpus.tokenizer.sha256 == load(folder, tokenizer="bpe:300").tokenizer.sha256
+        assert tokenizer_of(corpus).sha256 == tokenizer_of(load(folder, tokenizer="bpe:300")).sha256
         assert len(list(cache.iterdir())) == 2
 
     def test_a_cache_that_cannot_be_written_is_named(self, folder, tmp_path):

@@ -60,6 +60,17 @@ class Batch(NamedTuple):
     targets: torch.Tensor
     document_ids: torch.Tensor | None
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; to CUDA through pinned memory, without waiting for the copy."""
+        if device.type == "cpu":
+            return self
+        ids = self.document_ids
+        inputs, targets, ids = (
+            t if t is None else t.pin_memory().to(device, non_blocking=True) for t in (self.inputs, self.targets, ids)
+        )
+        assert inputs is not None and targets is not None
+        return Batch(inputs, targets, ids)
+
 
 @dataclass(frozen=True)
 class TokenSplit:
@@ -105,7 +116,7 @@ class Batches:
 
     Phase and order come from the raw 64-bit stream of Philox with the key (seed, epoch), the order as its
     stable argsort. NumPy guarantees raw streams, and not `permutation`, to stay the same between versions and
-    platforms. An epoch's order costs 8 bytes and about 0.1 µs per window, once.
+    platforms. An epoch's order costs 8 bytes and up to 0.5 µs per window, once.
 
     Args:
         split: The tokens.

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 # Byte tokens of less text than this are made anew each time: that is quicker than to check a cache of them.
 _CACHE_BYTES_FROM = 64 << 20
-_PIECES_PER_BATCH = 64
+_PIECES_PER_BATCH = 256
 _STRETCH = 1 << 20
 
 

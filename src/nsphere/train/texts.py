@@ -19,7 +19,7 @@ from nsphere.train.corpus import read_stdlib
 if TYPE_CHECKING:
     import datasets
 
-PIECE_BYTES = 1 << 18
+PIECE_BYTES = 1 << 16
 
 
 class Piece(NamedTuple):
