@@ -479,7 +479,7 @@ class TestConfig:
         shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
         for field in dataclasses.fields(DataConfig):
             assert f"--{field.name.replace('_', '-')}" in shown
-        assert "tail of a single file" in shown and "a Hugging Face dataset that has several" in shown
+        assert "Share to hold out, at most 0.5" in shown and "a Hugging Face dataset that has several" in shown
 
 
 @pytest.fixture(scope="module")

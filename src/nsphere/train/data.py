@@ -63,50 +63,40 @@ _STRETCH = 1 << 20
 class DataConfig:
     """The text or tokens of a run, and how text becomes tokens.
 
-    A saved one can be read where the data is not: whether `data` and `tokenizer` exist is seen by `load_corpus`.
+    Text is split into training and validation text by whole files where there are several: "stdlib" by a list, a folder
+    by the hash of their relative paths. A dataset's split "validation" is used if it has one; otherwise rows spread
+    evenly are held out. Of a single file it is the tail; of .bin files those with "train" and "val" in their names.
+
+    A saved configuration can be read where its data is not: what `data` and `tokenizer` name is looked for by
+    `load_corpus`.
 
     Raises:
         ValueError: If a value is not allowed.
     """
 
+    # One line each, because tyro keeps the line breaks of longer help.
     data: str = "stdlib"
-    """What to train on: "stdlib" (the source of Python's standard library, from the running interpreter), a text file,
-    a folder of text files, a .bin file of tokens or a folder with train.bin and val.bin, or "hf:NAME_OR_PATH" (a
-    Hugging Face dataset; needs the hf extra)."""
-
+    """stdlib (Python's own source), a text file, a folder of texts, .bin tokens (file, folder) or hf:NAME_OR_PATH."""
     file_pattern: str = "*"
     """Which files of a folder of texts to read, by name, as in "*.txt"."""
-
     dataset_split: str = "train"
-    """The split of a Hugging Face dataset to train on; its split "validation", if it has one, is held out."""
-
+    """Split of a Hugging Face dataset to train on."""
     dataset_config: str | None = None
-    """The configuration of a Hugging Face dataset that has several."""
-
+    """Configuration of a Hugging Face dataset that has several."""
     text_field: str = "text"
-    """The column of a Hugging Face dataset that has the text."""
-
+    """Column of a Hugging Face dataset that has the text."""
     tokenizer: str = "bytes"
-    """How text becomes tokens: "bytes" (UTF-8), "bpe:SIZE" (a byte-level BPE of SIZE tokens, trained on the training
-    text and cached), a tokenizer.json, a folder with one (transformers', or a run's), or "hf:NAME" (needs the hf
-    extra). For .bin files: what they were made with, so that text can be generated; "bytes" means unknown."""
-
+    """bytes, bpe:SIZE (trained on the text), a tokenizer.json or its folder, or hf:NAME. For .bin: what made them."""
     token_dtype: TokenDtype = "uint16"
-    """The type of the numbers in .bin files."""
-
+    """Type of the numbers in .bin files."""
     vocab_size: int | None = None
-    """The vocabulary of .bin files, which their tokens are checked against; by default that of the tokenizer, or
-    "vocab_size" in a meta.json beside the files. For text it is the tokenizer's and cannot be set."""
-
+    """Vocabulary of .bin files; the tokenizer's, or "vocab_size" in a meta.json beside them, if not given."""
     val_fraction: float = 0.05
-    """Share of the data that is held out for validation, at most 0.5: whole files of a folder, rows of a dataset, the
-    tail of a single file. Unused where the data has a validation split: "stdlib", val.bin, some datasets."""
-
+    """Share to hold out, at most 0.5, where the data has no validation split of its own."""
     document_mask: bool = False
     """Keep attention within documents where several share a sequence."""
-
     separator_id: int | None = None
-    """The token that ends a document in .bin files, for document_mask; by default the tokenizer's."""
+    """Token that ends a document in .bin files, for the document mask; the tokenizer's if not given."""
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction <= 0.5:
