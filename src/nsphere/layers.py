@@ -230,7 +230,7 @@ class Decoder(nn.Module):
     def hidden(
         self, tokens: Tensor, document_ids: Tensor | None = None, caches: Sequence[KVCache] | None = None
     ) -> Tensor:
-        """Tokens [B, T] → final hidden states [B, T, d]; see `forward`."""
+        """Tokens [B, T] → what the last block returns [B, T, d], before `final_norm`; see `forward`."""
         num_tokens = tokens.shape[1]
         start = caches[0].num_tokens if caches else 0
         mask = positions = None
