@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nsphere.norms import NormSpec, StatisticNorm
-from nsphere.qk_norm import QKNorm
+from nsphere.qk_norm import Over, QKNorm
 from nsphere.rope import RopeSpec
 
 
@@ -58,12 +58,12 @@ class Family:
 
 
 # Hugging Face rotates in the dtype of q, and rounds the tables to it
-HF_ROPE = {"compute_dtype": "input", "table_dtype": "input"}
+HF_ROPE: dict[str, Any] = {"compute_dtype": "input", "table_dtype": "input"}
 FP32_ROPE = {"compute_dtype": torch.float32}
 FP32_ROPE_ROUNDED_TABLES = {"compute_dtype": torch.float32, "table_dtype": "input"}
 PAIRS = {"layout": "interleaved"}
 # the DeepSeek family takes interleaved pairs, and leaves them in half order
-MLA_ROPE = {**HF_ROPE, **PAIRS, "where": "trailing", "output": "half"}
+MLA_ROPE = {**HF_ROPE, **PAIRS, "where": "trailing", "output": "half", "twice": "halves"}
 
 LLAMA = NormSpec("rms", 1e-6, weight="shared", weight_cast="after")
 OLMO = NormSpec("rms", 1e-6, weight="shared", weight_cast="before")
@@ -107,7 +107,7 @@ _ALL: list[Family] = [
     ),
     *_same(_eps(LLAMA, 1e-5), "lfm3_vl_vision", rope=FP32_ROPE, note=_VISION_ROPE),
     *_same(_eps(LLAMA, 1e-5), "mllama", rope=None, note="cross-attention"),
-    *_same(_eps(LLAMA, 1e-5), "pe_audio", "pe_video", "pe_audio_video", rope={**HF_ROPE, **PAIRS}),
+    *_same(_eps(LLAMA, 1e-5), "pe_audio", "pe_video", "pe_audio_video", rope={**HF_ROPE, **PAIRS, "twice": "halves"}),
     *_same(
         LLAMA,
         "inkling",
@@ -127,7 +127,14 @@ _ALL: list[Family] = [
     *_same(GEMMA_POW, "diffusion_gemma", "embedding_gemma2", v=BARE_POW, softmax_scale=1.0),
     *_same(GEMMA_POW, "gemma4_vision", v=BARE_POW, softmax_scale=1.0, rope={**HF_ROPE, "blocks": 2}),
     # no weight
-    *_same(BARE_POW, "muse_glimmer", "muse_spark", multiplier="qk_scale_factor", multiplier_place="before_rope"),
+    *_same(
+        BARE_POW,
+        "muse_glimmer",
+        "muse_spark",
+        multiplier="qk_scale_factor",
+        multiplier_place="before_rope",
+        attributes=("qk_norm", "qk_norm"),
+    ),
     *_same(BARE_POW, "neomme"),
     *_same(BARE, "esmfold2", note="atom attention"),
     *_same(
@@ -162,9 +169,7 @@ _ALL: list[Family] = [
         attributes=("q_layer_norm", "k_layer_norm"),
         note="the cache holds k before its norm",
     ),
-    *_same(
-        LLAMA, "timesfm2_5", place="after", softmax_scale="config", multiplier="softplus(scaling)·log2(e)/√D per dim"
-    ),
+    *_same(LLAMA, "timesfm2_5", place="after", softmax_scale=1.0, multiplier="softplus(scaling)·log2(e)/√D per dim"),
     # over all heads together
     *_same(_eps(OLMO, 1e-5), "olmo2", "olmo3", over="full", rope=FP32_ROPE),
     *_same(OLMO, "flex_olmo", "olmo_hybrid", over="full", rope=FP32_ROPE),
@@ -411,6 +416,7 @@ def qk_norm(
     rope: bool = True,
     rope_dim: int | None = None,
     rope_base: float = 10000.0,
+    over: Over | None = None,
     **options: Any,
 ) -> QKNorm:
     """The QKNorm of a published family.
@@ -426,6 +432,7 @@ def qk_norm(
         rope: False for a layer without it.
         rope_dim: R, in place of the family's default share of head_dim.
         rope_base: θ of RopeSpec.tables.
+        over: in place of what the family's statistics span, see QKNorm.
         **options: further arguments of QKNorm: multiplier, softmax_scale, layout.
 
     Raises:
@@ -436,12 +443,14 @@ def qk_norm(
         raise ValueError(f'rounding is "family" or "fused"; got {rounding!r}')
     spec = _rope_spec(family, head_dim, rope_dim, rope_base, rounding) if rope else None
     heads = num_heads, num_kv_heads if num_kv_heads is not None else num_heads
-    full = family.over == "full"
+    over = family.over if over is None else over
+    full = over == "full"
+    head_width = over[1] - over[0] if isinstance(over, tuple) else head_dim
     norms = []
     for norm, count in zip((family.q, family.k), heads, strict=True):
         if full and count is None:
             raise ValueError(f"{name} normalises all heads together; give num_heads")
-        width = head_dim * count if full and count is not None else head_dim
+        width = head_dim * count if full and count is not None else head_width
         norms.append(_norm(family, norm, width, None if full else count, eps, rounding))
     options.setdefault("multiplier_place", family.multiplier_place)
     options.setdefault("multiplier_dtype", family.multiplier_dtype)
@@ -455,7 +464,7 @@ def qk_norm(
         num_kv_heads=num_kv_heads,
         rope=spec,
         place=family.place,
-        over=family.over,
+        over=over,
         **options,
     )
 

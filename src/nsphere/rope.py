@@ -30,6 +30,8 @@ class RopeSpec:
     """1: (a, b) -> (a·cos - b·sin, b·cos + a·sin). -1 turns the other way."""
     output: Literal["same", "half"] = "same"
     """"half" leaves interleaved pairs in half order, as the DeepSeek family does."""
+    twice: Literal["halves", "pairs"] | None = None
+    """How a table of width R repeats its angles: in "halves" or in "pairs"; None goes by the layout."""
     blocks: int = 1
     """The rotated dims split into this many equal blocks, each paired within itself (2 for two-axis RoPE)."""
     table_dtype: torch.dtype | Literal["input"] | None = None
@@ -48,6 +50,7 @@ class RopeSpec:
             "where": ("leading", "trailing"),
             "sign": (1, -1),
             "output": ("same", "half"),
+            "twice": ("halves", "pairs", None),
         }.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"RopeSpec got {field}={getattr(self, field)!r}; choose from {allowed}")
@@ -114,7 +117,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, *, inverse: bool
 def _table(table: Tensor, spec: RopeSpec, input_dtype: torch.dtype) -> Tensor:
     """The table as [..., 1, R/2], rounded as the spec asks."""
     if table.shape[-1] == spec.dim:  # every angle stands twice
-        if spec.layout == "interleaved" and spec.output == "same":
+        if spec.twice == "pairs" or (spec.twice is None and spec.layout == "interleaved"):
             table = table[..., ::2]
         else:
             table = table.unflatten(-1, (spec.blocks, 2, -1))[..., 0, :].flatten(-2)

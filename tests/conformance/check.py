@@ -3,8 +3,7 @@
 import torch
 from hf_attentions import Case, Run, raw
 
-from nsphere import families
-from nsphere.hf import qk_norm as hf
+from nsphere import families, hf
 
 
 def tables_of(r: Run) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -13,7 +12,7 @@ def tables_of(r: Run) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None
     if isinstance(r.tables, torch.Tensor):
         return r.tables.real, r.tables.imag
-    return r.tables
+    return next(iter(r.tables.values())) if isinstance(r.tables, dict) else r.tables
 
 
 def ours(case: Case, r: Run, rounding="family", **options):
@@ -25,4 +24,6 @@ def ours(case: Case, r: Run, rounding="family", **options):
         q, k = qk(q, k, rope=tables, positions=r.positions)
         if families.get(hf.family_of(r.module)).v is not None:
             v = hf.v_norm(r.module, rounding=rounding)(v)
+    if case.family == "deepseek_v4":  # k serves as v
+        v = k
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -4,10 +4,9 @@ A Case builds one from its config class, offline, with random weights. `run` fee
 returns the q, k, v it brought there together with the outputs of its projections, from which ours must make the same.
 """
 
-import contextlib
 import dataclasses
 import importlib
-import math
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,8 @@ from transformers import AttentionInterface
 
 B, T, H, HKV, D = 2, 6, 4, 2, 32
 HIDDEN = H * D
+# lines that conftest.py prints after the tests, by title
+REPORT: dict[str, list[str]] = {}
 # keywords that most configs share; a config keeps as an attribute what it does not know
 COMMON = {
     "hidden_size": HIDDEN,
@@ -71,14 +72,16 @@ class Case:
     """Arguments of the attention after its config."""
     rotary: str | None = ""
     """The rotary class; "" finds it, None has none."""
-    rotary_args: tuple[Any, ...] = ()
-    """Arguments of the rotary module after x and positions."""
+    tables: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
+    """(hidden, positions) -> tables, where the family's own maker needs an image."""
     forward: Callable[..., dict[str, Any]] | None = None
     """(hidden, tables, positions, module) -> keywords of forward; by default the usual three."""
     raw: Callable[[Run], tuple[torch.Tensor, ...]] | None = None
     """Run -> q, k, v before norm and RoPE, each [B, T, heads, D]; by default from q_proj, k_proj, v_proj."""
     built: Callable[[Any], nn.Module] | None = None
     """config -> attention, for unusual constructors."""
+    from_zero: bool = False
+    """The attention counts positions itself, from 0."""
     mrope: bool = False
     """Positions have three axes."""
     note: str = ""
@@ -103,18 +106,22 @@ def modeling(case: Case) -> Any:
 
 
 def make_config(case: Case) -> Any:
-    directory = case.attention.split(":")[0]
+    directory = case.config.split(":")[0] if ":" in case.config else case.attention.split(":")[0]
     module = importlib.import_module(f"transformers.models.{directory}.configuration_{directory}")
     if case.config:
-        return getattr(module, case.config)(**{**COMMON, **case.options})
-    names = [n for n, c in vars(module).items() if n.endswith("Config") and getattr(c, "__module__", "") == module.__name__]
+        return getattr(module, case.config.split(":")[-1])(**{**COMMON, **case.options})
+    names = [
+        n for n, c in vars(module).items() if n.endswith("Config") and getattr(c, "__module__", "") == module.__name__
+    ]
     name = next((n for n in names if n.endswith("TextConfig")), names[0])
     return getattr(module, name)(**{**COMMON, **case.options})
 
 
 def make_module(case: Case, config: Any, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(3)
-    module = case.built(config) if case.built else getattr(modeling(case), case.attention.split(":")[1])(config, *case.args)
+    module = (
+        case.built(config) if case.built else getattr(modeling(case), case.attention.split(":")[1])(config, *case.args)
+    )
     for p in module.parameters():
         if p.dim() == 1 or p.shape[0] <= H:
             nn.init.normal_(p, 1.0, 0.4)
@@ -124,16 +131,27 @@ def make_module(case: Case, config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def make_tables(case: Case, config: Any, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
+    if case.tables is not None:
+        return case.tables(hidden, positions)
     if case.rotary is None:
         return None
     source = modeling(case)
-    name = case.rotary or next(
+    if ":" in case.rotary:
+        directory, name = case.rotary.split(":")
+        source = importlib.import_module(f"transformers.models.{directory}.modeling_{directory}")
+    else:
+        name = case.rotary
+    name = name or next(
         n for n in vars(source) if n.endswith("RotaryEmbedding") and not any(w in n for w in ("Vision", "Audio"))
     )
     if case.mrope:
         positions = torch.stack((positions, positions // 2, positions % 3))
+    rotary = getattr(source, name)(config)
+    layer = {}
+    if "layer_type" in inspect.signature(rotary.forward).parameters and getattr(config, "layer_types", None):
+        layer = {"layer_type": config.layer_types[0]}
     with torch.no_grad():
-        return getattr(source, name)(config)(hidden, positions, *case.rotary_args)
+        return rotary(hidden, positions, **layer)
 
 
 def run(case: Case, dtype: torch.dtype, scale: float) -> Run:
@@ -162,7 +180,16 @@ def run(case: Case, dtype: torch.dtype, scale: float) -> Run:
     finally:
         for hook in hooks:
             hook.remove()
+    tables = outputs.get("rotary_emb", tables)  # the module's own, whose frequencies were rounded with it
+    positions = positions - positions[0, 0] if case.from_zero else positions
     return Run(module, config, q, k, v, scaling, outputs, tables, positions, keywords)
+
+
+def given_tables(hidden: torch.Tensor, positions: torch.Tensor, width: int = D) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables as transformers makes them, every angle twice, in the dtype of hidden."""
+    angles = positions.unsqueeze(-1).float() * 100.0 ** (-torch.arange(0, width, 2) / width)
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
 
 
 def heads(x: torch.Tensor, width: int = D) -> torch.Tensor:

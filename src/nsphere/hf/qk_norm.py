@@ -1,5 +1,6 @@
 """QK-norm from a transformers attention or config: `hf.qk_norm(model.model.layers[0].self_attn)`."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -77,6 +78,8 @@ def qk_norm(
     turns = read.turns() if rope is None else rope
     options.setdefault("softmax_scale", read.softmax_scale(family))
     options.setdefault("multiplier", read.multiplier(name))
+    if name == "dots3_note":
+        options.setdefault("over", (read.part("qk_nope_head_dim"), head_dim))
     made = families.qk_norm(
         name,
         head_dim=head_dim,
@@ -90,12 +93,12 @@ def qk_norm(
     )
     if isinstance(source, nn.Module):
         for ours, attribute in ((made.q_norm, family.attributes[0]), (made.k_norm, family.attributes[1])):
-            if isinstance(ours, StatisticNorm) and attribute:
+            if isinstance(ours, StatisticNorm) and ours.weight is not None:
                 _share(ours, getattr(source, attribute))
     return made
 
 
-def v_norm(source: nn.Module, *, rounding: Literal["family", "fused"] = "family") -> nn.Module | None:
+def v_norm(source: Any, *, rounding: Literal["family", "fused"] = "family") -> nn.Module | None:
     """The norm an attention applies to v, None if it has none."""
     made = families.v_norm(
         family_of(source), _Reader(source, getattr(source, "config", None)).head_dim(), rounding=rounding
@@ -105,20 +108,27 @@ def v_norm(source: nn.Module, *, rounding: Literal["family", "fused"] = "family"
     return made
 
 
-def latent_norm(norm: nn.Module, *, source: Any, rounding: Literal["family", "fused"] = "family") -> nn.Module:
-    """The plain norm for one of an attention's latent norms, sharing its weight: latent_norm(attn.kv_a_layernorm, ...).
+def latent_norm(source: Any, attribute: str, *, rounding: Literal["family", "fused"] = "family") -> StatisticNorm:
+    """The plain norm that does what an attention does to one of its low-rank latents, sharing its weight.
 
     Args:
-        norm: the module's own norm of a latent.
-        source: the attention it belongs to.
+        source: the attention.
+        attribute: the name of its own norm: "q_a_layernorm", "kv_a_layernorm".
         rounding: see families.qk_norm.
+
+    Raises:
+        ValueError: for an attention without latents.
     """
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
-    made = families.latent_norm(family_of(source), weight.shape[-1], eps=_eps_of(norm), rounding=rounding)
+    theirs = getattr(source, attribute)
+    name = family_of(source)
+    made = families.latent_norm(name, theirs.weight.shape[-1], eps=_eps_of(theirs), rounding=rounding)
     if not isinstance(made, StatisticNorm):
         raise ValueError(f"{type(source).__name__} has no latent norms")
-    _share(made, norm)
+    factor = "q_lora_scale" if attribute.startswith("q_") else "kv_lora_scale"
+    scale = getattr(source, factor, getattr(source, f"mla_scale_{factor[:-6]}", 1.0))
+    if name != "longcat_flash" or not attribute.startswith("q_"):  # there q is multiplied after its projection
+        made.spec = dataclasses.replace(made.spec, scale=float(scale))
+    _share(made, theirs)
     return made
 
 
@@ -126,10 +136,13 @@ class _Reader:
     """What a module or a config says of itself, under the several names transformers has for it."""
 
     def __init__(self, source: Any, config: Any):
-        self.module = source if isinstance(source, nn.Module) else None
-        self.config = config
+        self.module: Any = source if isinstance(source, nn.Module) else None
+        layers = getattr(config, "per_layer_config", None)
+        layer = getattr(self.module, "layer_idx", None)
+        self.config = config if not layers or layer is None else layers[layer]
 
-    def _first(self, *names: str) -> Any:
+    def part(self, *names: str) -> Any:
+        """The first of these that the module, or else the config, has."""
         for owner in (self.module, self.config):
             for name in names:
                 value = getattr(owner, name, None)
@@ -138,29 +151,35 @@ class _Reader:
         return None
 
     def head_dim(self) -> int:
-        dim = self._first("qk_head_dim", "head_dim", "attention_head_size")
-        return dim if dim is not None else self._first("hidden_size") // self._first("num_attention_heads")
+        dim = self.part("qk_head_dim", "head_dim", "attention_head_size")
+        return dim if dim is not None else self.part("hidden_size") // self.part("num_attention_heads")
 
     def num_heads(self) -> int | None:
-        norm = getattr(self.module, "q_norm", None)
-        weight = getattr(norm, "weight", None)
-        full = isinstance(weight, Tensor) and weight.dim() == 1 and weight.numel() % self.head_dim() == 0
-        if full and weight is not None and weight.numel() > self.head_dim():
-            return weight.numel() // self.head_dim()
-        return self._first("num_heads", "num_attention_heads")
+        return self._full_width("q_norm") or self.part("num_heads", "num_attention_heads")
 
     def num_kv_heads(self) -> int | None:
-        return self._first("num_key_value_heads") or self.num_heads()
+        projection = getattr(self.module, "k_proj", None)
+        projection = getattr(projection, "linear", projection)
+        if isinstance(projection, nn.Linear):
+            return projection.out_features // self.head_dim()
+        return self._full_width("k_norm") or self.part("num_key_value_heads") or self.num_heads()
+
+    def _full_width(self, attribute: str) -> int | None:
+        """The number of heads that a norm over all of them spans, None for any other."""
+        weight = getattr(getattr(self.module, attribute, None), "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.numel() <= self.head_dim():
+            return None
+        return weight.numel() // self.head_dim()
 
     def turns(self) -> bool:
         m = self.module
         if m is None:
             return True
-        if hasattr(m, "is_local_attention"):
-            return bool(m.is_local_attention)
         if hasattr(m, "use_rope"):
             return bool(m.use_rope)
         kind = type(m).__name__
+        if kind == "AfmoeAttention":
+            return bool(m.is_local_attention)
         if kind == "FlintAttention":
             return m.sliding_window is not None
         if kind.startswith(("Exaone", "Kolibri1")):
@@ -168,12 +187,13 @@ class _Reader:
         return True
 
     def rope_dim(self, head_dim: int, family: families.Family) -> int | None:
-        part = self._first("qk_rope_head_dim", "rotary_ndims", "rotary_dim")
+        part = self.part("qk_rope_head_dim", "rotary_ndims", "rotary_dim")
         if part is not None:
             return part
         parameters = getattr(self.config, "rope_parameters", None) or {}
-        if "partial_rotary_factor" not in parameters:  # per kind of layer
-            parameters = parameters.get(getattr(self.module, "layer_type", None)) or parameters
+        kinds = getattr(self.config, "layer_types", None)
+        if self.module is not None and kinds and isinstance(parameters.get(kinds[0]), dict):  # per kind of layer
+            parameters = parameters.get(kinds[getattr(self.module, "layer_idx", 0)]) or {}
         share = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
         share = share if share is not None else getattr(self.config, "partial_rotary_factor", None)
         # "proportional" RoPE turns all pairs, some by angle 0
@@ -195,7 +215,7 @@ class _Reader:
             return None if norm is None or family.k is None or family.k.eps is None else _eps_of(norm)
         if family.k is None or family.k.eps is None:
             return None
-        return self._first("layer_norm_eps" if family.k.statistic == "layer" else "rms_norm_eps", "norm_eps")
+        return self.part("layer_norm_eps" if family.k.statistic == "layer" else "rms_norm_eps", "norm_eps")
 
     def multiplier(self, name: str) -> Any:
         m, config = self.module, self.config
@@ -223,14 +243,14 @@ class _Reader:
         return None
 
 
-def _eps_of(norm: nn.Module) -> float | None:
+def _eps_of(norm: Any) -> float | None:
     if isinstance(getattr(norm, "norms", None), nn.ModuleList):  # one norm per head
         norm = norm.norms[0]
     eps = getattr(norm, "variance_epsilon", None)
     return eps if eps is not None else getattr(norm, "eps", None)
 
 
-def _share(ours: StatisticNorm, theirs: nn.Module) -> None:
+def _share(ours: StatisticNorm, theirs: Any) -> None:
     """Let `ours` use the parameters of `theirs`."""
     if isinstance(getattr(theirs, "norms", None), nn.ModuleList):
         weights = [norm.weight for norm in theirs.norms]
@@ -264,8 +284,10 @@ class _MistralLarge4Scale(nn.Module):
 
     takes_positions = True
 
-    def __init__(self, theirs: nn.Module):
+    def __init__(self, theirs: Any):
         super().__init__()
+        self.scale: nn.Parameter
+        self.bias: nn.Parameter
         self.scale, self.bias = theirs.scale, theirs.bias
 
     def forward(self, positions: Tensor) -> Tensor:
