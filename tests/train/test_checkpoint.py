@@ -10,6 +10,7 @@ from nsphere.hypersphere import SphereLinear, assert_on_hypersphere
 from nsphere.optim import keep_on_hypersphere
 from nsphere.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from nsphere.train.files import RunLock
+from nsphere.train.optimizer_state import GroupPlan, carry_out
 
 STATE = {"architecture": "gpt", "seed": 3, "best": 0.1 + 0.2, "worst": float("inf"), "config": {"d_model": 8}}
 
@@ -175,6 +176,15 @@ class TestResume:
         for state in optimizer.state.values():
             assert (state["step"].dtype, state["step"].dim(), state["step"].device.type) == (torch.float32, 0, "cpu")
             assert state["step"].item() == 5
+
+    @pytest.mark.parametrize(("option", "device"), [("foreach", "cpu"), ("fused", "meta"), ("capturable", "meta")])
+    def test_step_counters_go_to_the_device_of_the_kernel_that_reads_them(self, option, device):
+        parameter = nn.Parameter(torch.empty(2, device="meta"))  # stands for any device but the CPU
+        optimizer = torch.optim.SGD([parameter])
+        group = optimizer.param_groups[0] | {option: True}
+        carry_out([GroupPlan(optimizer, group, {}, [{"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}])])
+        assert optimizer.state[parameter]["step"].device.type == device
+        assert optimizer.state[parameter]["exp_avg"].device.type == "meta"
 
     def test_how_an_optimizer_computes_is_its_own_choice(self, saved):
         run, model, _ = saved
@@ -369,6 +379,12 @@ class TestTiedWeights:
         assert second.head.weight is second.embed.weight
         assert torch.equal(second.head.weight, saved[1].embed.weight)
 
+    def test_empty_tensors_are_not_tied(self, tmp_path):
+        model = nn.ParameterDict({name: nn.Parameter(torch.empty(0, 3)) for name in "ab"})
+        save_checkpoint(tmp_path, step=0, model=model, optimizer=None, state={})
+        assert load_checkpoint(tmp_path).tied == {}
+        assert set(load_checkpoint(tmp_path).model_tensors) == {"a", "b"}
+
     def test_saved_tied_goes_into_an_untied_model(self, saved):
         second = Tiny(seed=9, tie=False)
         load_checkpoint(saved[0]).restore(second)
@@ -464,6 +480,8 @@ class TestMismatches:
         second = Tiny(seed=9)
         message = self.unchanged(tmp_path, second, OPTIMIZERS["muon+adamw"](second)[1])
         assert "no optimizer was given for Muon's group of hidden.0.weight, hidden.2.weight" in message
+        with pytest.raises(ValueError, match="no optimizer was given"):
+            load_checkpoint(tmp_path).restore(second, [])
 
     def test_order_of_optimizers_and_of_parameters_does_not_matter(self, tmp_path):
         model = Tiny()
