@@ -195,14 +195,16 @@ class TestResume:
         assert isinstance(optimizer.param_groups[0]["betas"], tuple)
 
     def test_a_checkpoint_restores_twice_and_shares_no_memory(self, saved):
-        run, model, _ = saved
+        run, model, trained = saved
         checkpoint = load_checkpoint(run)
         second = Tiny(seed=9)
         optimizer = OPTIMIZERS["adamw-fused"](second)
         checkpoint.restore(second, optimizer)
         train(second, optimizer, 5, 7)
+        optimizer = OPTIMIZERS["adamw-fused"](second)
         checkpoint.restore(second, optimizer)
         assert_same_model(model, second)
+        assert_same_optimizer(trained, optimizer, model, second)
 
     def test_gradients_and_requires_grad_are_left_alone(self, saved):
         run, _, _ = saved
