@@ -96,7 +96,14 @@ def _one_line(box: str, name: str) -> str:
             continue
         if line:
             kept.append(line)
-    said = re.split(r"Argument helptext:|\.? Got errors:|nsphere \S+ --help", " ".join(kept))[0].strip(" .")
+    text = " ".join(kept).replace("Invalid choice invalid choice", "invalid choice")
+    # the choices come in an order that changes from run to run, with the None of a flag that was not given
+    text = re.sub(
+        r"Expected one of \((.*?)\)",
+        lambda m: "choose " + ", ".join(sorted(set(re.findall(r"'(.+?)'", m[1])) - {"None"})),
+        text,
+    )
+    said = re.split(r"Argument helptext:|\.? Got errors:|nsphere \S+ --help", text)[0].strip(" .")
     return f"{said or 'bad flags'}; nsphere {name} --help tells the flags"
 
 
@@ -176,11 +183,12 @@ def _generate(argv: list[str]) -> None:
     run = load_run(args.run, device)
     if run.tokenizer is None:
         raise ValueError(f"{args.run} was trained on tokens without a tokenizer, so text can't be made from it")
-    sys.stdout.write(args.prompt)
     tokens: list[int] = []
     shown = ""
     with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device).available):
         for token in generate(run.model, run.tokenizer.encode(args.prompt), args.max_new_tokens, args.sampling):
+            if not tokens:
+                sys.stdout.write(args.prompt)
             tokens.append(token)
             # a character may take several tokens: until it is whole it decodes to U+FFFD, and waits
             text = run.tokenizer.decode(tokens)

@@ -132,13 +132,18 @@ def compare(
         Interrupted, NonFinite: as from `train`.
     """
     rates = what.learning_rates()
+    if config.init_from is not None:
+        raise ValueError("a comparison starts every arm from scratch; give --init-from to nsphere train")
     arms = {arm: resolve(arm, dataclasses.replace(config, lr=rates.get(arm, config.lr))) for arm in what.arms}
     device = choose_device(options.device)
     check_writable(out)
     with process_settings(options, device):
         corpus = load_corpus(data, cache_dir=data_cache())
         for arm, resolved in arms.items():
+            assert resolved.context is not None
             model_config(arm, resolved, corpus.vocab_size)
+            for split in (corpus.train, corpus.val):
+                split.num_windows(resolved.context)
         wanted = _record(what, arms, data, corpus)
         _check_folder(out, wanted, resume)
         with RunLock(out):

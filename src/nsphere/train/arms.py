@@ -46,7 +46,7 @@ ARMS = {
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """The end of a message about an unknown word: what comes nearest, and everything there is."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.4)
+    close = difflib.get_close_matches(word.lower(), known, n=2, cutoff=0.4)
     return (f"did you mean {' or '.join(close)}? " if close else "") + f"known: {', '.join(known)}"
 
 

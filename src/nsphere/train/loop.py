@@ -82,6 +82,8 @@ def check_run_folder(out: Path, wanted: dict[str, Any], resume: bool) -> None:
         ValueError: what differs, or that --resume is needed.
     """
     check_writable(out)
+    if (out / "compare.json").exists():
+        raise ValueError(f"{out} holds a comparison; choose another --out for the run")
     if not (out / CONFIG_FILE).exists():
         return
     different = differences(json.loads(json.dumps(wanted)), read_config(out))

@@ -1,0 +1,235 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from nsphere.train.config import RunOptions, TrainConfig, resolve
+from nsphere.train.data import DataConfig, load_corpus
+from nsphere.train.files import read_jsonl
+from nsphere.train.loop import train
+from nsphere.train.signals import Interrupted
+from nsphere.train.trainer import NonFinite, Trainer
+
+ARMS = ["gpt", "gpt-qknorm-muon", "ngpt"]
+
+
+def curve(run: Path) -> list[dict]:
+    """The metrics, without what depends on the clock."""
+    timed = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in r.items() if k not in timed} for r in read_jsonl(run / "metrics.jsonl")]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(max((run / "checkpoints").iterdir()) / "model.safetensors")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert curve(a) == curve(b)
+    assert weights(a).keys() == weights(b).keys()
+    for name, tensor in weights(a).items():
+        assert torch.equal(tensor, weights(b)[name]), name
+
+
+@pytest.fixture
+def data(tmp_path) -> DataConfig:
+    return tiny.text_file(tmp_path)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_loss_falls_and_everything_is_recorded(tmp_path, data, arm) -> None:
+    result = train(arm, tiny.config(steps=60, eval_every=20), tiny.options(tensorboard=True), data, tmp_path / "run")
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    steps = [r for r in records if r["kind"] == "train"]
+    evals = [r for r in records if r["kind"] == "eval"]
+    assert [r["step"] for r in steps] == list(range(1, 61))
+    assert [r["step"] for r in evals] == [0, 20, 40, 60]
+    assert evals[-1]["val_loss"] == result.final_val_loss < evals[0]["val_loss"] - 1
+    assert result.tokens == 60 * 4 * 16 == steps[-1]["tokens"]
+    assert result.bits_per_byte == pytest.approx(result.final_val_loss / 0.6931471805599453)
+    assert all(r["grad_norm"] > 0 and r["lr"] > 0 for r in steps)
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (saved["arm"], saved["train"]["steps"], saved["model"]["d_model"]) == (arm, 60, 32)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())[0]["torch"] == torch.__version__
+    if arm == "ngpt":
+        assert all(r["max_norm_deviation"] <= 1e-6 for r in evals)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
+def test_interrupted_and_resumed_is_the_same_run(tmp_path, data, monkeypatch, arm, stop_after) -> None:
+    train(arm, tiny.config(), tiny.options(), data, tmp_path / "whole")
+    step = Trainer.step
+
+    def dying_step(self):
+        if self.num_steps == stop_after:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", dying_step)
+        with pytest.raises(KeyboardInterrupt):
+            train(arm, tiny.config(), tiny.options(), data, tmp_path / "cut")
+    train(arm, tiny.config(), tiny.options(), data, tmp_path / "cut", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(tmp_path, data, monkeypatch, number) -> None:
+    step = Trainer.step
+
+    def signalled_step(self):
+        if self.num_steps == 3:
+            os.kill(os.getpid(), number)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", signalled_step)
+        with pytest.raises(Interrupted, match="stopped at step 4, saved in") as stop:
+            train("ngpt", tiny.config(), tiny.options(checkpoint_every=100), data, tmp_path / "cut")
+    assert stop.value.exit_code == 128 + number
+    assert (tmp_path / "cut" / "checkpoints" / "step-00000004").is_dir()
+    train("ngpt", tiny.config(), tiny.options(), data, tmp_path / "cut", resume=True)
+    train("ngpt", tiny.config(), tiny.options(), data, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, data) -> None:
+    corpus = load_corpus(data)
+    whole, parts = (
+        Trainer("ngpt", resolve("ngpt", tiny.config(micro_batch_size=m)), tiny.options(), corpus) for m in (4, 1)
+    )
+    for _ in range(3):
+        a, b = whole.step(), parts.step()
+        assert a.loss == pytest.approx(b.loss, rel=1e-6)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
+    for p, q in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        # Adam's first steps are near sign(g) · lr, so rounding shows in proportion to lr, not to the weight
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-4)
+
+
+def test_starting_from_another_run(tmp_path, data) -> None:
+    train("ngpt", tiny.config(), tiny.options(), data, tmp_path / "first")
+    config = tiny.config(init_from=str(tmp_path / "first"), steps=1)
+    train("ngpt", config, tiny.options(), data, tmp_path / "second")
+    first, second = curve(tmp_path / "first"), curve(tmp_path / "second")
+    assert second[0]["val_loss"] == first[-1]["val_loss"]
+    with pytest.raises(ValueError, match="holds the architecture 'ngpt', and 'gpt' was asked for"):
+        train("gpt", config, tiny.options(), data, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
+def poisoned_step(at: int):
+    step = Trainer.step
+
+    def run(self):
+        if self.num_steps == at:
+            weight = next(self.model.parameters())
+            kept = weight.detach().clone()
+            with torch.no_grad():
+                weight[:] = float("nan")
+            try:
+                return step(self)
+            finally:
+                with torch.no_grad():
+                    weight.copy_(kept)
+        return step(self)
+
+    return run
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path, data, monkeypatch) -> None:
+    monkeypatch.setattr(Trainer, "step", poisoned_step(4))
+    with pytest.raises(
+        NonFinite, match=r"loss of step 5 is nan; .*step-00000004\. Try a smaller --lr .*--skip-nonfinite"
+    ):
+        train("gpt", tiny.config(), tiny.options(), data, tmp_path / "run")
+
+
+def test_or_is_skipped_and_counted(tmp_path, data, monkeypatch) -> None:
+    monkeypatch.setattr(Trainer, "step", poisoned_step(4))
+    result = train("gpt", tiny.config(), tiny.options(skip_nonfinite=True), data, tmp_path / "run")
+    assert (result.skipped_steps, result.steps) == (1, 6)
+    skipped = [r["step"] for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r.get("skipped")]
+    assert skipped == [5]
+    assert all(torch.isfinite(t).all() for t in weights(tmp_path / "run").values())
+
+
+def test_another_run_is_never_written_over(tmp_path, data) -> None:
+    train("ngpt", tiny.config(), tiny.options(), data, tmp_path / "run")
+    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.name != ".lock")
+    with pytest.raises(ValueError, match="exists; give --resume"):
+        train("ngpt", tiny.config(), tiny.options(), data, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"train.lr is 0.003 there, 0.001 asked for"):
+        train("ngpt", tiny.config(lr=1e-3), tiny.options(), data, tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match=r"arm is 'ngpt' there, 'gpt' asked for"):
+        train("gpt", tiny.config(), tiny.options(), data, tmp_path / "run", resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        train("gpt", tiny.config(), tiny.options(), data, tmp_path / "file" / "run")
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.name != ".lock")
+
+
+def test_other_data_under_the_same_name_is_noticed(tmp_path, data) -> None:
+    config = tiny.config(steps=4)
+    train("ngpt", config, tiny.options(), data, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    Path(data.data).write_text(tiny.TEXT.upper())
+    with pytest.raises(ValueError, match="was trained on other data"):
+        train("ngpt", config, tiny.options(), data, tmp_path / "run", resume=True)
+
+
+def test_the_data_order_is_the_same_for_every_arm(tmp_path, data) -> None:
+    corpus = load_corpus(data)
+    a, b = (Trainer(arm, resolve(arm, tiny.config()), tiny.options(), corpus) for arm in ("gpt", "ngpt"))
+    for step in range(5):
+        assert torch.equal(a.batches(step).inputs, b.batches(step).inputs)
+    other = Trainer("gpt", resolve("gpt", tiny.config(seed=1)), tiny.options(), corpus)
+    assert not torch.equal(a.batches(0).inputs, other.batches(0).inputs)
+
+
+_RUN = """
+import sys
+from pathlib import Path
+from nsphere.train.config import RunOptions, TrainConfig
+from nsphere.train.data import DataConfig
+from nsphere.train.loop import train
+config = TrainConfig(d_model=64, num_layers=2, num_heads=2, context=64, steps=8, batch_size=8, eval_every=4,
+                     eval_batches=2, dtype="bfloat16")
+train("ngpt", config, RunOptions(threads=2, checkpoint_every=2, tensorboard=False), DataConfig(data=sys.argv[1]),
+      Path(sys.argv[2]), resume=True)
+"""
+
+
+def test_compiled_with_two_threads_is_bit_identical_also_when_killed(tmp_path, data) -> None:
+    """Two runs in fresh processes, and one killed with SIGKILL in its middle and resumed: the same to the last bit."""
+    command = [sys.executable, "-c", _RUN, data.data]
+    for name in ("one", "two"):
+        subprocess.run([*command, str(tmp_path / name)], check=True, capture_output=True)
+    killed = subprocess.Popen([*command, str(tmp_path / "cut")], stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    while not metrics.exists() or '"step": 3' not in metrics.read_text():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "cut" / "result.json").exists()
+    subprocess.run([*command, str(tmp_path / "cut")], check=True, capture_output=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "cut")
+
+
+def test_options_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        RunOptions(threads=0)
+    with pytest.raises(ValueError, match="unknown device 'gpuu'"):
+        train("gpt", TrainConfig(), dataclasses.replace(RunOptions(), device="gpuu"), DataConfig(), Path("nowhere"))
