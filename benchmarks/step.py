@@ -7,6 +7,7 @@ engine, batches and residual dtype for all arms.
 """
 
 import dataclasses
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def timed_step(trainer: Trainer) -> dict[str, float]:
     mark()
     normalize_matrices_(trainer.model)
     mark()
-    forward, backward, clip, optimizer_ms, projection = (1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False))
+    forward, backward, clip, optimizer_ms, projection = (1e3 * (b - a) for a, b in itertools.pairwise(marks))
     trainer.num_steps += 1
     parts = dict(zip(PARTS, (forward, backward, clip, optimizer_ms - projection, projection), strict=True))
     return parts | {"total": forward + backward + clip + optimizer_ms}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
-import nsphere
+from nsphere import __version__
 
 Args = TypeVar("Args")
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if argv else 2
     if argv[0] == "--version":
-        print(f"nsphere {nsphere.__version__}")
+        print(f"nsphere {__version__}")
         return 0
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
