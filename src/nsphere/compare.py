@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from nsphere.curves import best_gpt_arm, headline_ratios, ratio_curve
+from nsphere.curves import best_gpt_arm, headline_ratios, ngpt_arm, ratio_curve
 from nsphere.generate import Sampling, generate
+from nsphere.presets import PRESETS
 from nsphere.report import write_report
 from nsphere.train.arms import parse_arm
 from nsphere.train.config import RunOptions, TrainConfig, differences, model_config, resolve
@@ -218,7 +219,7 @@ class _Comparison:
             "schema_version": SCHEMA_VERSION,
             "arms": summary_arms,
             "best_gpt_arm": best,
-            **headline_ratios(summary_arms, best),
+            **headline_ratios(summary_arms, best, ngpt_arm(summary_arms) or "ngpt"),
             "max_norm_deviation": max((d for d in deviations if d is not None), default=None),
             "ratio_curve": ratio_curve(summary_arms, best),
             "environment": {
@@ -305,7 +306,7 @@ class _Comparison:
             "final_val_loss_spread": max(losses) - min(losses) if len(losses) > 1 else None,
             "bits_per_byte": mean(per_byte) if per_byte else None,
             "best_lr": self._lr(arm),
-            "lr_source": "swept here" if sweep else ("given" if given else "the preset's"),
+            "lr_source": "swept here" if sweep else ("given" if given else self._preset_lr(arm)),
             "lr_sweep": sweep.as_record() if sweep else None,
             "tokens": any_result.tokens,
             "steps": any_result.steps,
@@ -319,6 +320,12 @@ class _Comparison:
             "seeds": {str(seed): self._curves(arm, seed, r) for seed, r in results.items()},
             **sample,
         }
+
+    def _preset_lr(self, arm: str) -> str:
+        preset = PRESETS[self.arms[arm].preset]
+        if arm in preset.tuned_lr:
+            return f"tuned beforehand for the {self.arms[arm].preset} preset, see docs/demo-sweep.md"
+        return "a usual value, not tuned"
 
     def _curves(self, arm: str, seed: int, result: Result) -> dict[str, Any]:
         records = read_jsonl(self.folder(arm, self._lr(arm), seed) / METRICS_FILE)

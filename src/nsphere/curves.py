@@ -95,6 +95,14 @@ def best_gpt_arm(arms: Arms) -> str | None:
     return min(finals, key=lambda name: finals[name]) if finals else None
 
 
+def ngpt_arm(arms: Arms) -> str | None:
+    """The arm that the question is about: `ngpt`, or else the variant of it with the lowest final loss."""
+    variants = [name for name, arm in arms.items() if arm.get("architecture") == "ngpt"]
+    if "ngpt" in arms or not variants:
+        return "ngpt" if "ngpt" in arms else None
+    return min(variants, key=lambda name: arms[name].get("final_val_loss") or math.inf)
+
+
 def ratio_curve(arms: Arms, best: str | None) -> dict[str, Any]:
     """What every other arm needs to reach each loss, over what the best GPT arm needed.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nsphere import pictures
-from nsphere.curves import headline_ratios, mean_curve
+from nsphere.curves import headline_ratios, mean_curve, ngpt_arm
 from nsphere.drawing import arm_styles, clean, count, power_of_ten
 from nsphere.page import (
     arm_title,
@@ -104,7 +104,7 @@ def answer(summary: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The comparison's result in one sentence, whichever way it went, and the remarks that belong with it."""
     arms = summary["arms"]
     styles = arm_styles(arms)
-    best, name = summary.get("best_gpt_arm"), _sphere_arm(arms)
+    best, name = summary.get("best_gpt_arm"), ngpt_arm(arms)
     if name is None or best is None:
         only, missing = best or name, "GPT" if best is None else "nGPT"
         result = f"; {styles[only].title} ended at {_loss_text(arms[only])}" if only else ""
@@ -134,14 +134,6 @@ def answer(summary: Mapping[str, Any]) -> tuple[str, list[str]]:
         sentence = f"This run gives no ratio between {ours} and {theirs}."
         remarks = [f"{found.get('tokens_ratio_reason') or 'No reason was recorded'}."]
     return sentence, [*remarks, _caution(arms, best, name, found.get("tokens_ratio_by_seed") or {})]
-
-
-def _sphere_arm(arms: Mapping[str, Any]) -> str | None:
-    """The arm that the question is about: `ngpt`, or else the variant of it with the lowest final loss."""
-    variants = [name for name, arm in arms.items() if arm.get("architecture") == "ngpt"]
-    if "ngpt" in arms or not variants:
-        return "ngpt" if "ngpt" in arms else None
-    return min(variants, key=lambda name: arms[name].get("final_val_loss") or math.inf)
 
 
 def _caution(arms: Mapping[str, Any], best: str, name: str, by_seed: Mapping[str, float | None]) -> str:
