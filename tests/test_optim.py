@@ -36,7 +36,7 @@ def by_hand(model):
         for name, p in model.named_parameters():
             if p.dim() == 2:
                 dim = 0 if name.endswith(("W_o.weight", "W_down.weight")) else 1
-                p.copy_(p / p.norm(dim=dim, keepdim=True))
+                p.copy_(p / (p * p).sum(dim, keepdim=True).sqrt())
 
 
 def snapshot(model):

@@ -10,6 +10,8 @@ from torch import Tensor
 def normalize_matrices_(matrices: Sequence[tuple[Tensor, int]]) -> None:
     """See `nsphere.ops.normalize_matrices`."""
     for w, dim in matrices:
-        norm = torch.linalg.vector_norm(w, dim=dim, keepdim=True, dtype=torch.promote_types(w.dtype, torch.float32))
+        wide = w.to(torch.promote_types(w.dtype, torch.float32))
+        # on CPU over twice as fast as linalg.vector_norm, which crawls along dim 0 (docs/lab-notes.md)
+        norm = (wide * wide).sum(dim, keepdim=True).sqrt()
         # a zero vector has no direction: it stays zero rather than turning into NaN
         w.div_(torch.where(norm > 0, norm, 1.0))
