@@ -16,7 +16,7 @@ demo: $(VENV)/.train
 	$(BIN)/nsphere compare --preset demo --out runs/demo --resume
 
 test: $(VENV)/.dev lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,11 +2,8 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "train"))
 import tiny
 
 import nsphere

@@ -1,12 +1,9 @@
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "train"))
 import tiny
 
 from nsphere import compare as compare_module

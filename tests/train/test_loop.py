@@ -233,3 +233,27 @@ def test_options_that_cannot_be() -> None:
         RunOptions(threads=0)
     with pytest.raises(ValueError, match="unknown device 'gpuu'"):
         train("gpt", TrainConfig(), dataclasses.replace(RunOptions(), device="gpuu"), DataConfig(), Path("nowhere"))
+
+
+def test_documents_that_share_a_row_are_masked_from_each_other(tmp_path) -> None:
+    """The same training whether a document is packed with one text or with another."""
+    from nsphere.train.data import Batch
+
+    for number in range(12):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{number}.txt").write_text(tiny.TEXT[number * 211 :][:300])
+    data = DataConfig(data=str(tmp_path / "texts"), document_mask=True)
+    result = train("ngpt", tiny.config(), tiny.options(), data, tmp_path / "run")
+    corpus = load_corpus(data)
+    trainer = Trainer("ngpt", resolve("ngpt", tiny.config()), tiny.options(), corpus)
+    batch = next(b for b in map(trainer.batches, range(100)) if b.document_ids.amax() > 0)
+    row = int(batch.document_ids.amax(1).argmax())
+    first = batch.document_ids[row] == 0
+    changed = torch.where(first, (batch.inputs[row] + 1) % 256, batch.inputs[row])[None]
+    ids = batch.document_ids[row][None]
+    with torch.no_grad():
+        a, b = (trainer.model(x, document_ids=ids)[0] for x in (batch.inputs[row][None], changed))
+        together = trainer.model(batch.inputs[row][None])[0]
+    assert torch.equal(a[~first], b[~first])  # the first document can't be seen from the second
+    assert not torch.allclose(a[~first], together[~first])
+    assert isinstance(batch, Batch) and result.steps == 6
