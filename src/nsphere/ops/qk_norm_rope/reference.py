@@ -74,12 +74,17 @@ def from_output(spec: SideSpec, t: SideTensors) -> bool:
 
 
 def backward(
-    grad: Tensor, saved: Tensor | None, inverse: Tensor | None, t: SideTensors, spec: SideSpec
+    grad: Tensor,
+    saved: Tensor | None,
+    inverse: Tensor | None,
+    t: SideTensors,
+    spec: SideSpec,
+    undo: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, weight, bias and multiplier.
 
     With u the gradient at the standardised x̂ and r = 1/root: dx = r · (u - x̂ · mean(u · x̂)) for RMS; the sum in
-    place of the mean for L2; and u less its mean for LayerNorm.
+    place of the mean for L2; and less the mean of u for LayerNorm.
 
     Args:
         grad: [B, T, H, D].
@@ -87,34 +92,55 @@ def backward(
         inverse: 1/root, as `forward` returned it.
         t: as in `forward`.
         spec: as in `forward`; over a slice it is not supported.
+        undo: what `undo_factors` returns, where it was made before.
     """
-    dtype = grad.dtype
-    wide = compute_dtype(grad)
+    dtype, wide = grad.dtype, compute_dtype(grad)
     grad = grad.to(wide)
-    u = _multiply(grad, t.multiplier, spec.constant)
     cos, sin, rope = t.cos, t.sin, spec.rope
 
-    def turn(y: Tensor, inverse: bool = False) -> Tensor:
+    def turn(y: Tensor, back: bool = False) -> Tensor:
         if rope is None or cos is None or sin is None:
             return y
-        return rotate(y, cos, sin, rope, inverse=inverse)
+        return rotate(y, cos, sin, rope, inverse=back)
 
     if spec.norm is None:
         dm = None
         if t.multiplier is not None and saved is not None:
             dm = _sum_to(grad * turn(saved.to(wide)) * spec.constant, t.multiplier)
-        return turn(u, inverse=True).to(dtype), None, None, dm
+        return turn(_multiply(grad, t.multiplier, spec.constant), back=True).to(dtype), None, None, dm
 
     norm, eps = spec.norm, eps_of(spec.norm, dtype)
     assert saved is not None and inverse is not None
     saved = saved.to(wide)
-    if spec.norm_first:
-        u = turn(u, inverse=True)
-    u, dims = groups(u, spec.over)
+
+    def along(product: Tensor, dims: tuple[int, ...]) -> Tensor:
+        """How much of u · x̂ the statistic takes away again."""
+        taken = product.sum(dims, keepdim=True) if norm.statistic == "l2" else product.mean(dims, keepdim=True)
+        if norm.eps_place == "clamp" and eps > 0:
+            return torch.where(inverse < 1 / eps, taken, 0.0)
+        return taken / (1 - eps * inverse) if norm.eps_place == "added" else taken
+
+    if from_output(spec, t) and spec.norm_first and isinstance(spec.over, str):
+        # R turns within what a statistic spans, so u · x̂ = grad · y, and one rotation takes back both terms of dx
+        constant = spec.constant * norm.scale
+        if undo is None:
+            undo = undo_factors(t, spec, grad.shape[-1], wide)
+        product, dims = groups(grad * saved, spec.over)
+        part = (along(product, dims) / constant) * saved
+        dx = turn(grad * constant - (part if undo is None else part * undo), back=True)
+        if norm.statistic == "layer":
+            dx = dx - dx.mean(dims, keepdim=True)
+        return (dx * inverse).to(dtype), None, None, None
+
+    u = _multiply(grad, t.multiplier, spec.constant)
+    u, dims = groups(turn(u, back=True) if spec.norm_first else u, spec.over)
     factor = broadcast(t.weight, spec, grad.shape, wide)
     if from_output(spec, t):
-        saved = saved / (spec.constant * norm.scale)
-        standard, _ = groups(_unrotate(saved, t, spec) if spec.norm_first else saved, spec.over)
+        standard = saved / (spec.constant * norm.scale)
+        if spec.norm_first:
+            undo = undo_factors(t, spec, grad.shape[-1], wide) if undo is None else undo
+            standard = turn(standard if undo is None else standard * undo, back=True)
+        standard, _ = groups(standard, spec.over)
     else:
         standard, _ = groups(saved if spec.norm_first else turn(saved), spec.over)
         if norm.statistic == "layer":
@@ -132,26 +158,23 @@ def backward(
         dm = _sum_to(grad * (turn(before) if spec.norm_first else before) * spec.constant, t.multiplier)
 
     u = _affine(u, factor, None, norm.scale)
-    product = u * standard
-    along = product.sum(dims, keepdim=True) if norm.statistic == "l2" else product.mean(dims, keepdim=True)
-    if norm.eps_place == "clamp" and eps > 0:
-        along = torch.where(inverse < 1 / eps, along, 0.0)
-    elif norm.eps_place == "added":
-        along = along / (1 - eps * inverse)
-    dx = u - standard * along
+    dx = u - standard * along(u * standard, dims)
     if norm.statistic == "layer":
         dx = dx - u.mean(dims, keepdim=True)
     dx = (dx * inverse).reshape(grad.shape)
-    return (dx if spec.norm_first else turn(dx, inverse=True)).to(dtype), dw, db, dm
+    return (dx if spec.norm_first else turn(dx, back=True)).to(dtype), dw, db, dm
 
 
-def _unrotate(y: Tensor, t: SideTensors, spec: SideSpec) -> Tensor:
-    """The x that was rotated into y. Tables that carry a factor (YaRN's) or were rounded are no exact rotation."""
+def undo_factors(t: SideTensors, spec: SideSpec, head_dim: int, dtype: torch.dtype) -> Tensor | None:
+    """1/(cos² + sin²) as [..., 1, D], which makes the transposed rotation the inverse one; None without RoPE.
+
+    Tables that carry a factor (YaRN's) or were rounded (to bf16) are no exact rotation.
+    """
     if spec.rope is None or t.cos is None or t.sin is None:
-        return y
-    cos, sin = t.cos.to(y.dtype), t.sin.to(y.dtype)
-    squares = cos.square() + sin.square()
-    return rotate(y, cos / squares, sin / squares, spec.rope, inverse=True)
+        return None
+    ones = torch.ones((*t.cos.shape[:-1], 1, head_dim), dtype=dtype, device=t.cos.device)
+    there = rotate(ones, t.cos, t.sin, spec.rope, inverse=True)
+    return 1 / rotate(there, t.cos, t.sin, spec.rope)
 
 
 def groups(x: Tensor, over: str | int | tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
