@@ -277,6 +277,17 @@ def test_tables_that_are_no_exact_rotation(layout):
             assert error(a, b) <= 1e-11
 
 
+def test_tables_that_are_written_over_are_seen():
+    (q, k), grads = inputs()
+    qk = build("l2", "head", "before", ROPES["half"])
+    cos, sin = tables_for(qk.rope)
+    for factor in (1.0, 1.3, 1.3):
+        cos, sin = cos.mul_(factor), sin * factor  # cos stays the same tensor
+        expected = truth(qk, q, k, (cos, sin), grads)
+        for a, b in zip(gradients(qk, q, k, (cos, sin), grads, torch.float64), expected, strict=True):
+            assert error(a, b) <= 1e-11
+
+
 def test_zero_rows_give_zero_and_get_zero():
     for kind in ("l2", "rms", "layer"):
         for backend in ("reference", None):

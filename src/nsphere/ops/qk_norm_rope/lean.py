@@ -9,11 +9,13 @@ import dataclasses
 import functools
 import itertools
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nsphere.norms import compute_dtype
 from nsphere.ops.qk_norm_rope import reference
@@ -22,6 +24,7 @@ from nsphere.ops.qk_norm_rope.reference import SideSpec, SideTensors
 Flat = tuple[Tensor | None, ...]
 _NUM_FIELDS = len(dataclasses.fields(SideTensors))
 _serial = itertools.count()
+_undo_factors: Any = WeakIdKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +72,19 @@ class _Function(torch.autograd.Function):
 
 
 def _undo(flat: Flat, plan: Plan, dtype: torch.dtype) -> Tensor | None:
-    """`undo_factors`, which q and k have in common: made once, and not for every element."""
+    """`undo_factors`, which q and k have in common: made once for a pair of tables, and not for every element."""
     for t, spec, (_, head_dim) in zip(_sides(flat), plan.specs, plan.shapes, strict=True):
-        turns = spec.rope is not None and t.cos is not None
-        if turns and spec.norm is not None and spec.norm_first and reference.from_output(spec, t):
-            return _undo_function(spec, head_dim, dtype, plan.compiled)(t.cos, t.sin)
+        cos, sin = t.cos, t.sin
+        if spec.rope is None or cos is None or sin is None:
+            continue
+        if spec.norm is not None and spec.norm_first and reference.from_output(spec, t):
+            # layers and steps share their tables: the factors live as long as the cosines they were made of
+            key = (spec, head_dim, dtype, plan.compiled, cos._version, sin._version)
+            known = _undo_factors.get(cos)
+            if known is None or known[0] != key or known[1]() is not sin:
+                made = _undo_function(spec, head_dim, dtype, plan.compiled)(cos, sin)
+                known = _undo_factors[cos] = key, weakref.ref(sin), made
+            return known[2]
     return None
 
 
