@@ -139,7 +139,9 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, inverse: 
     if spec.blocks > 1:
         cos, sin = (t.unflatten(-1, (spec.blocks, -1)) for t in (cos, sin))
         x = x.unflatten(-1, (spec.blocks, -1))
-    a, b = x.unflatten(-1, (2, -1)).unbind(-2) if source == "half" else x.unflatten(-1, (-1, 2)).unbind(-1)
-    pairs = (a * cos - b * sin, b * cos + a * sin)
-    turned = torch.cat(pairs, -1) if target == "half" else torch.stack(pairs, -1).flatten(-2)
+    pair = -2 if source == "half" else -1
+    x = x.unflatten(-1, (2, -1) if source == "half" else (-1, 2))
+    # (a, b)·cos + (b, a)·(-sin, sin): the compiler fuses a flip with what surrounds it, and makes a copy of a cat
+    turned = x * cos.unsqueeze(pair) + x.flip(pair) * torch.stack((-sin, sin), pair)
+    turned = (turned if source == target else turned.transpose(-1, -2)).flatten(-2)
     return turned.flatten(-2) if spec.blocks > 1 else turned
