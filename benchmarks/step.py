@@ -98,7 +98,7 @@ def measure(size: Size, mode: str, rounds: int) -> dict[str, dict]:
     torch._dynamo.reset()
     corpus = random_corpus(size.vocab_size)
     options = RunOptions(compile=mode == "compiled")
-    config = dataclasses.replace(size.config, steps=10_000, eval_batches=1)
+    config = dataclasses.replace(size.config, steps=10_000, eval_sequences=8)
     trainers = {arm: Trainer(arm, resolve(arm, config), options, corpus) for arm in ARMS}
     for _ in range(2):
         for trainer in trainers.values():

@@ -5,14 +5,17 @@ import sys
 
 import pytest
 import tiny
+import torch
 
 import nsphere
 from nsphere import cli
+from nsphere.table import printable
+from nsphere.train.arms import SHAPE_FIELDS
 from nsphere.train.loop import train
 
 SHAPE = (
     *("--d-model", "32", "--num-layers", "1", "--num-heads", "2", "--context", "16"),
-    *("--batch-size", "4", "--eval-batches", "2", "--steps", "4"),
+    *("--batch-size", "4", "--eval-sequences", "8", "--steps", "4"),
 )
 QUICK = [*SHAPE, "--device", "cpu", "--no-compile", "--no-tensorboard"]
 
@@ -54,6 +57,8 @@ def assert_refused(result: tuple[int, str, str], message: str) -> None:
         (["--init-from", "no/such/run"], "no/such/run|starts every arm from scratch"),
         (["--context", "999999"], "context"),
         (["--tokenizer", "no/such/tokenizer.json"], "no/such/tokenizer.json"),
+        (["--micro-batch-size", "3"], "batch_size 4 is not a multiple of micro_batch_size 3"),
+        (["--seed", "9" * 400], "seed must be from 0 to 2"),
         (["--threads", "0"], "threads must be at least 1, got 0"),
     ],
 )
@@ -64,6 +69,53 @@ def test_bad_flags_are_one_line_and_write_nothing(capsys, tmp_path, text, flags,
     if "--arm" not in flags:
         assert_refused(call(capsys, "compare", "--out", out, "--data", text, *QUICK, *flags), message)
         assert not out.exists()
+
+
+def test_an_output_path_that_cannot_be(capsys, tmp_path, text) -> None:
+    for command in ("train", "compare"):
+        long = tmp_path / ("x" * 300)
+        assert_refused(call(capsys, command, "--out", long, "--data", text, *QUICK), "can't be written")
+        (tmp_path / "file").write_text("")
+        inside = tmp_path / "file" / "run"
+        assert_refused(call(capsys, command, "--out", inside, "--data", text, *QUICK), "is a file|can't be written")
+
+
+def test_a_backend_that_cannot_run_is_refused_before_anything_is_written(capsys, tmp_path, text, monkeypatch) -> None:
+    flags = ["train", "--out", tmp_path / "run", "--data", text, *SHAPE, "--device", "cpu", "--no-tensorboard"]
+    monkeypatch.setenv("NSPHERE_BACKEND", "triton")
+    assert_refused(call(capsys, *flags), "'triton' was asked for and cannot run")
+    monkeypatch.setenv("NSPHERE_BACKEND", "tritn")
+    assert_refused(call(capsys, *flags), "unknown backend 'tritn'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_shapes_are_refused_before_the_data_is_read(capsys, tmp_path, monkeypatch) -> None:
+    def never(*_, **__):
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr("nsphere.train.loop.load_corpus", never)
+    monkeypatch.setattr("nsphere.compare.load_corpus", never)
+    for command in ("train", "compare"):
+        flags = ["--out", tmp_path / "out", *QUICK, "--d-model", "33"]
+        assert_refused(call(capsys, command, *flags), "d_model 33 is not divisible")
+
+
+def test_a_bug_is_not_taken_for_bad_input(capsys, tmp_path, text, monkeypatch) -> None:
+    def bug(*_, **__):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("nsphere.train.loop.load_corpus", bug)
+    with pytest.raises(TypeError, match="a bug"):
+        cli.main(["train", "--out", str(tmp_path / "out"), "--data", text, *QUICK])
+
+
+def test_memory_that_runs_out_is_one_line(capsys, tmp_path, text, monkeypatch) -> None:
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("nsphere.train.trainer.Trainer.step", no_memory)
+    code, _, err = call(capsys, "train", "--out", tmp_path / "run", "--data", text, *QUICK)
+    assert code == 1 and "give a smaller --micro-batch-size" in err.splitlines()[-1]
 
 
 def test_an_unknown_command_names_the_nearest(capsys) -> None:
@@ -122,8 +174,12 @@ def test_broken_checkpoints_are_named(capsys, tmp_path, text) -> None:
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"schema_version": 99}))
     assert_refused(call(capsys, "generate", run), "schema version 99.*install a newer nsphere")
-    (run / "config.json").write_text(json.dumps(config | {"architecture": "ngpt"}))
+    other = {"architecture": "ngpt", "model": {k: v for k, v in config["model"].items() if k in SHAPE_FIELDS}}
+    (run / "config.json").write_text(json.dumps(config | other))
     assert_refused(call(capsys, "generate", run), "holds the architecture 'gpt', and 'ngpt' was asked for")
+    for broken in ({"schema_version": 1}, config | {"model": {"d_mod": 1}}, config | {"schema_version": "x"}):
+        (run / "config.json").write_text(json.dumps(broken))
+        assert_refused(call(capsys, "generate", run), "config.json is broken")
 
 
 def test_compare_prints_the_table(capsys, tmp_path, text) -> None:
@@ -138,8 +194,9 @@ def test_compare_prints_the_table(capsys, tmp_path, text) -> None:
 def test_info_says_what_this_machine_can_do(capsys) -> None:
     code, out, _ = call(capsys, "info")
     assert code == 0
-    for line in ("nsphere", "torch", "cpu dtype", "cpu model"):
+    for line in ("nsphere", "torch", "cpu dtype", "cpu model", "cpu ops, reference", "cpu ops, compiled"):
         assert line in out
+    assert re.search("cpu ops, triton +does not run: ", out)
 
 
 def test_no_compiler_means_eager_and_one_line_saying_so(tmp_path, text) -> None:
@@ -149,8 +206,35 @@ def test_no_compiler_means_eager_and_one_line_saying_so(tmp_path, text) -> None:
     code = "import sys; from nsphere.cli import main; sys.exit(main(sys.argv[1:]))"
     ran = subprocess.run([sys.executable, "-c", code, "train", *flags], env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("eager: no C++ compiler found (g++, clang++, c++); install g++") == 1
+    assert ran.stderr.count("eager: no C++ compiler found (g++ is not on the PATH); install g++, or set CXX") == 1
     assert "Traceback" not in ran.stderr
+
+
+def test_a_compiler_that_is_there_but_broken_means_eager_too(tmp_path, text) -> None:
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    flags = [
+        *SHAPE,
+        "--arm",
+        "ngpt",
+        "--device",
+        "cpu",
+        "--no-tensorboard",
+        "--data",
+        text,
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CXX": str(broken), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    code = "import sys; from nsphere.cli import main; sys.exit(main(sys.argv[1:]))"
+    ran = subprocess.run([sys.executable, "-c", code, "train", *flags], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "can't build a small library" in ran.stderr
+
+
+def test_samples_cannot_command_the_terminal() -> None:
+    assert printable("a\x1b[2Jb\n\tc\x07é") == "a�[2Jb\n\tc�é"
 
 
 def test_importing_the_library_does_not_import_the_trainer() -> None:

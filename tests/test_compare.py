@@ -1,16 +1,23 @@
 import dataclasses
 import json
 import math
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from nsphere import compare as compare_module
 from nsphere.compare import CompareConfig, Sweep, compare, grid_lr
+from nsphere.curves import headline_ratios
 from nsphere.table import comparison_table
 from nsphere.train.files import read_jsonl
 from nsphere.train.loop import Result
+from nsphere.train.signals import Interrupted
+from nsphere.train.timing import StepCost
 from nsphere.train.trainer import NonFinite, Trainer
 
 WHAT = CompareConfig(arms=("gpt", "gpt-qknorm", "ngpt"), timing_rounds=3, sample_tokens=20, prompt="line ")
@@ -61,7 +68,8 @@ def test_the_summary_says_what_was_measured(two_seeds) -> None:
     gpts = {n: a["final_val_loss"] for n, a in summary["arms"].items() if a["architecture"] == "gpt"}
     assert summary["best_gpt_arm"] == min(gpts, key=gpts.__getitem__)
     assert 0 < summary["max_norm_deviation"] <= 1e-6
-    assert summary["tokens_ratio"] is not None or "never reaches" in summary["tokens_ratio_reason"]
+    expected = headline_ratios(summary["arms"], summary["best_gpt_arm"])
+    assert {key: summary[key] for key in expected} == expected
     assert summary["environment"]["seeds"] == [0, 1]
     assert len(summary["environment"]["data_sha256"]) == 64
 
@@ -116,7 +124,7 @@ def test_the_sweep_extends_the_grid_until_the_optimum_is_inside(tmp_path, monkey
 
     monkeypatch.setattr(compare_module, "train", loss_at)
     comparison = compare_module._Comparison(
-        WHAT, {"gpt": tiny.config(lr=1e-3)}, tiny.options(), tiny.text_file(tmp_path), None, tmp_path
+        WHAT, {"gpt": tiny.config(lr=1e-3)}, tiny.options(), tiny.text_file(tmp_path), None, tmp_path, {}
     )
     comparison._sweep("gpt")
     sweep = comparison.sweeps["gpt"]
@@ -156,6 +164,11 @@ def test_variants_by_field_and_muon(tmp_path) -> None:
         ({"arms": ("gpt", "nGPT")}, "unknown arm 'nGPT'; did you mean ngpt"),
         ({"arms": ("gpt", "gpt")}, "given twice"),
         ({"arms": ()}, "no arms given"),
+        ({"arms": ("gpt", "gpt:qk_norm=foo")}, "foo"),
+        ({"arms": ("gpt", "gpt:init_std=-1")}, "init_std must be a positive number"),
+        ({"prompt": "x" * 16}, "the prompt has 16 tokens, the context is 16; give a --prompt of 1 to 15"),
+        ({"prompt": ""}, "the prompt has 0 tokens"),
+        ({"arm_lr": ("ngpt=1", "ngpt=2")}, "gives ngpt two learning rates"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"arm_lr": ("ngpt=fast",)}, "'fast' is not a number"),
         ({"arm_lr": ("gtp=1",)}, "'gtp' is not among the arms"),
@@ -175,3 +188,86 @@ def test_another_comparison_is_not_written_over(tmp_path) -> None:
         run(tmp_path, what)
     with pytest.raises(ValueError, match="holds another comparison: .*steps is 6 there, 7 asked for"):
         run(tmp_path, what, resume=True, steps=7)
+
+
+def test_a_signal_in_the_last_step_of_an_arm_stops_the_comparison(tmp_path, monkeypatch) -> None:
+    step = Trainer.step
+
+    def signalled_step(self):
+        if self.arm == "gpt" and self.num_steps == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", signalled_step)
+        with pytest.raises(Interrupted, match="stopped after gpt, saved in .*--resume continues it") as stop:
+            run(tmp_path)
+    assert stop.value.exit_code == 128 + signal.SIGTERM
+    assert (tmp_path / "out/arms/gpt/lr-0.003-seed-0/result.json").exists()
+    assert not (tmp_path / "out/arms/gpt-qknorm").exists()
+    assert list(run(tmp_path, resume=True)["arms"]) == list(WHAT.arms)
+
+
+def test_what_diverged_is_null_and_said(tmp_path, monkeypatch) -> None:
+    """A step skipped for its NaN: strict JSON, a count, and a comparison that goes through."""
+    step = Trainer.step
+
+    def poisoned(self):
+        if self.arm == "ngpt" and self.num_steps == 2:
+            with torch.no_grad():
+                weight = next(self.model.parameters())
+                kept, _ = weight.clone(), weight.fill_(float("nan"))
+            try:
+                return step(self)
+            finally:
+                with torch.no_grad():
+                    weight.copy_(kept)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    data = tiny.text_file(tmp_path)
+    what = dataclasses.replace(WHAT, arms=("gpt", "ngpt"), timing_rounds=1)
+    monkeypatch.setattr(compare_module, "time_steps", lambda trainers, rounds: fake_costs(trainers))
+    summary = compare(what, tiny.config(), tiny.options(skip_nonfinite=True), data, tmp_path / "out")
+    assert summary["arms"]["ngpt"]["skipped_steps"] == 1
+    assert summary["arms"]["ngpt"]["seeds"]["0"]["train_curve"]["loss"][2] is None
+    text = (tmp_path / "out" / "summary.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def fake_costs(trainers: dict) -> dict:
+    return {name: StepCost(100.0, (90.0, 110.0), None) for name in trainers}
+
+
+def test_matrices_normalised_in_forward_are_not_called_off_the_sphere(tmp_path) -> None:
+    summary = run(tmp_path, dataclasses.replace(WHAT, arms=("gpt", "ngpt-forward")))
+    assert summary["max_norm_deviation"] is None
+
+
+def test_recipes_are_told(two_seeds) -> None:
+    _, summary = two_seeds
+    assert summary["arms"]["ngpt"]["model"]["s_z_init"] == 10.0
+    assert summary["arms"]["gpt"]["recipe"]["weight_decay"] == 0.1
+    assert summary["arms"]["ngpt"]["recipe"]["weight_decay"] == 0.0
+    assert any("not from the paper's values" in limit for limit in summary["limits"])
+    assert summary["arms"]["ngpt"]["lr_source"] == "given"
+
+
+def test_runs_from_different_machines_are_pointed_out(two_seeds, tmp_path) -> None:
+    out, summary = two_seeds
+    assert not any(limit.startswith("Machines") for limit in summary["limits"])
+    shutil.copytree(out, tmp_path / "out")
+    path = tmp_path / "out/arms/gpt/lr-0.003-seed-0/environment.json"
+    starts = json.loads(path.read_text())
+    path.write_text(json.dumps([starts[0] | {"cpu": "another"}]))
+    shutil.copy(out.parent / "text.txt", tmp_path / "text.txt")
+    what = dataclasses.replace(WHAT, seeds=2, arm_lr=("ngpt=0.01",))
+    config = json.loads((out / "compare.json").read_text())
+    (tmp_path / "out" / "compare.json").write_text(
+        json.dumps(config | {"data": config["data"] | {"data": str(tmp_path / "text.txt")}})
+    )
+    for run_config in (tmp_path / "out" / "arms").glob("*/*/config.json"):
+        saved = json.loads(run_config.read_text())
+        run_config.write_text(json.dumps(saved | {"data": saved["data"] | {"data": str(tmp_path / "text.txt")}}))
+    again = run(tmp_path, what, resume=True, steps=30, eval_every=5)
+    assert any("cpu another" in limit for limit in again["limits"])

@@ -26,7 +26,7 @@ def config(**changes: Any) -> TrainConfig:
         batch_size=4,
         lr=3e-3,
         eval_every=3,
-        eval_batches=2,
+        eval_sequences=8,
         dtype="float32",
     )
     return dataclasses.replace(base, **changes)

@@ -9,6 +9,7 @@ from nsphere.hypersphere import SphereEmbedding, SphereLinear, assert_on_hypersp
 from nsphere.ngpt import NGPT, NGPTConfig
 from nsphere.norms import L2Norm, LayerNorm, Norm, RMSNorm, make_norm, register_norm
 from nsphere.optim import keep_on_hypersphere
+from nsphere.presets import make_model
 from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
 
@@ -30,6 +31,7 @@ __all__ = [
     "assert_on_hypersphere",
     "families",
     "keep_on_hypersphere",
+    "make_model",
     "make_norm",
     "on_sphere",
     "register_norm",

@@ -44,19 +44,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(name: str, rest: list[str]) -> int:
+    import torch
+
     from nsphere.train.signals import Interrupted
     from nsphere.train.trainer import NonFinite
 
+    for stream in (sys.stdout, sys.stderr):  # a sample or a dash must not end a run on a terminal of few letters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         COMMANDS[name](rest)
-    except ValueError as error:
-        return _complain(f"nsphere {name}: {error}", 2)
-    except Interrupted as stop:
-        return _complain(f"nsphere {name}: {stop}", stop.exit_code)
     except BrokenPipeError:
         raise
-    except (NonFinite, OSError) as error:
-        return _complain(f"nsphere {name}: {error}", 1)
+    except Exception as error:
+        if os.environ.get("NSPHERE_DEBUG"):
+            raise
+        if isinstance(error, Interrupted):
+            return _complain(f"nsphere {name}: {error}", error.exit_code)
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
+            return _complain(f"nsphere {name}: out of memory; give a smaller --micro-batch-size ({error})", 1)
+        if isinstance(error, ValueError):
+            return _complain(f"nsphere {name}: {error}", 2)
+        if isinstance(error, NonFinite | OSError):
+            return _complain(f"nsphere {name}: {error}", 1)
+        raise
     except KeyboardInterrupt:
         return _complain(f"nsphere {name}: interrupted", 130)
     return 0
@@ -157,7 +168,8 @@ def _generate(argv: list[str]) -> None:
     import tyro
 
     from nsphere.generate import Sampling, generate
-    from nsphere.train.machine import choose_device, has_bf16
+    from nsphere.table import printable
+    from nsphere.train.machine import choose_device
     from nsphere.train.saved import load_run
 
     @dataclass(frozen=True)
@@ -177,15 +189,13 @@ def _generate(argv: list[str]) -> None:
     args = _parse(Generate, "generate", argv)
     if args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {args.max_new_tokens}")
-    import torch
-
     device = choose_device(args.device)
     run = load_run(args.run, device)
     if run.tokenizer is None:
         raise ValueError(f"{args.run} was trained on tokens without a tokenizer, so text can't be made from it")
     tokens: list[int] = []
     shown = ""
-    with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device).available):
+    with run.autocast():
         for token in generate(run.model, run.tokenizer.encode(args.prompt), args.max_new_tokens, args.sampling):
             if not tokens:
                 sys.stdout.write(args.prompt)
@@ -193,10 +203,10 @@ def _generate(argv: list[str]) -> None:
             # a character may take several tokens: until it is whole it decodes to U+FFFD, and waits
             text = run.tokenizer.decode(tokens)
             if not text.endswith("�"):
-                sys.stdout.write(text[len(shown) :])
+                sys.stdout.write(printable(text[len(shown) :]))
                 sys.stdout.flush()
                 shown = text
-    print(run.tokenizer.decode(tokens)[len(shown) :])
+    print(printable(run.tokenizer.decode(tokens)[len(shown) :]))
 
 
 def _inspect(argv: list[str]) -> None:
@@ -206,7 +216,7 @@ def _inspect(argv: list[str]) -> None:
     from nsphere.table import inspection_table
     from nsphere.train.data import DataConfig, load_corpus, val_batches
     from nsphere.train.inspection import inspect_model
-    from nsphere.train.loop import data_cache
+    from nsphere.train.loop import check_writable, data_cache
     from nsphere.train.machine import choose_device
     from nsphere.train.saved import load_run
 
@@ -224,11 +234,19 @@ def _inspect(argv: list[str]) -> None:
     args = _parse(Inspect, "inspect", argv)
     device = choose_device(args.device)
     run = load_run(args.run, device)
-    corpus = load_corpus(DataConfig(**run.config["data"]), cache_dir=data_cache())
-    context = run.config["model"]["context"]
-    batch = val_batches(corpus.val, context=context, batch_size=8, num_batches=1)[0]
-    inspection = inspect_model(run.model, batch.to(device))
     path = args.out if args.out is not None else run.folder / "inspection.html"
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} can't be written: there is no folder {path.parent}; make it, or choose another --out")
+    check_writable(path.parent)
+    batch = None
+    try:
+        corpus = load_corpus(DataConfig(**run.config["data"]), cache_dir=data_cache())
+        context = run.config["model"]["context"]
+        batch = val_batches(corpus.val, context=context, batch_size=8, num_sequences=8)[0].to(device)
+    except ValueError as error:
+        print(f"no attention logits, because the run's data can't be read: {error}", file=sys.stderr)
+    with run.autocast():
+        inspection = inspect_model(run.model, batch)
     write_inspection(inspection, f"{run.config['arm']}, step {run.step}", path)
     print(inspection_table(inspection))
     print(f"\n{path}")

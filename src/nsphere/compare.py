@@ -6,6 +6,7 @@ OUT/compare.json                    what is compared; a second start with other 
 """
 
 import dataclasses
+import gc
 import json
 import math
 import re
@@ -20,19 +21,20 @@ import torch
 
 from nsphere.curves import best_gpt_arm, headline_ratios, ngpt_arm, ratio_curve
 from nsphere.generate import Sampling, generate
-from nsphere.presets import PRESETS
+from nsphere.presets import PRESETS, make_model
 from nsphere.report import write_report
-from nsphere.train.arms import parse_arm
-from nsphere.train.config import RunOptions, TrainConfig, differences, model_config, resolve
+from nsphere.train.arms import RECIPE_FIELDS, parse_arm
+from nsphere.train.config import RunOptions, TrainConfig, model_config, resolve, usual_lr
 from nsphere.train.data import Corpus, DataConfig, load_corpus
-from nsphere.train.files import RunLock, atomic_write_json, read_jsonl
+from nsphere.train.files import RunLock, atomic_write_json, atomic_write_text, read_jsonl
 from nsphere.train.inspection import inspect_model
-from nsphere.train.loop import METRICS_FILE, Result, check_writable, data_cache, train
+from nsphere.train.loop import ENVIRONMENT_FILE, METRICS_FILE, Result, check_same, check_writable, data_cache, train
 from nsphere.train.machine import choose_device, environment
 from nsphere.train.progress import say
 from nsphere.train.saved import load_run
+from nsphere.train.signals import Interrupted, StopRequest
 from nsphere.train.timing import StepCost, time_steps
-from nsphere.train.trainer import NonFinite, Trainer, process_settings
+from nsphere.train.trainer import NonFinite, Trainer, micro_batch_size, pin_dtype, process_settings
 
 COMPARE_FILE, SUMMARY_FILE, REPORT_FILE = "compare.json", "summary.json", "report.html"
 SCHEMA_VERSION = 1
@@ -77,6 +79,8 @@ class CompareConfig:
             arm, _, text = item.rpartition("=")
             if arm not in self.arms:
                 raise ValueError(f"--arm-lr {item}: {arm or item!r} is not among the arms {', '.join(self.arms)}")
+            if arm in rates:
+                raise ValueError(f"--arm-lr gives {arm} two learning rates; give one")
             try:
                 rates[arm] = float(text)
             except ValueError:
@@ -135,54 +139,51 @@ def compare(
     rates = what.learning_rates()
     if config.init_from is not None:
         raise ValueError("a comparison starts every arm from scratch; give --init-from to nsphere train")
-    arms = {arm: resolve(arm, dataclasses.replace(config, lr=rates.get(arm, config.lr))) for arm in what.arms}
     device = choose_device(options.device)
-    check_writable(out)
+    arms = {
+        arm: pin_dtype(resolve(arm, dataclasses.replace(config, lr=rates.get(arm, config.lr))), device)
+        for arm in what.arms
+    }
+    with torch.device("meta"):
+        for arm, resolved in arms.items():
+            make_model(model_config(arm, resolved, vocab_size=1))  # what can't be built is refused before any work
+            micro_batch_size(resolved, options)
+    _check_folder(out, resume)
     with process_settings(options, device):
         corpus = load_corpus(data, cache_dir=data_cache())
-        for arm, resolved in arms.items():
-            assert resolved.context is not None
-            model_config(arm, resolved, corpus.vocab_size)
-            for split in (corpus.train, corpus.val):
-                split.num_windows(resolved.context)
-        wanted = _record(what, arms, data, corpus)
-        _check_folder(out, wanted, resume)
-        with RunLock(out):
+        comparison = _Comparison(what, arms, options, data, corpus, out, lr_source(config, arms, rates))
+        comparison.check()
+        wanted = comparison.record()
+        if (out / COMPARE_FILE).exists():
+            check_same(out, _read(out / COMPARE_FILE), wanted, "comparison")
+        with RunLock(out), StopRequest():
             atomic_write_json(out / COMPARE_FILE, wanted)
-            comparison = _Comparison(what, arms, options, data, corpus, out)
-            summary = comparison.go(given=bool(rates) or config.lr is not None)
-            atomic_write_json(out / SUMMARY_FILE, summary)
+            summary = comparison.go()
+            atomic_write_text(out / SUMMARY_FILE, json.dumps(summary, indent=1, allow_nan=False) + "\n")
             write_report(summary, out / REPORT_FILE)
     return summary
 
 
-def _record(what: CompareConfig, arms: Mapping[str, TrainConfig], data: DataConfig, corpus: Corpus) -> dict[str, Any]:
-    defining = {"arms": list(what.arms), "seeds": what.seeds, "sweep_lr": what.sweep_lr}
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "compare": defining,
-        "arms": {arm: dataclasses.asdict(config) for arm, config in arms.items()},
-        "data": dataclasses.asdict(data),
-        "data_sha256": corpus.sha256,
-    }
+def lr_source(config: TrainConfig, arms: Mapping[str, TrainConfig], rates: Mapping[str, float]) -> dict[str, str]:
+    """Where each arm's learning rate comes from, if it is not swept."""
+    given = {arm: "given" for arm in arms if arm in rates or config.lr is not None}
+    return {arm: usual_lr(arm, config)[1] for arm in arms} | given
 
 
-def _check_folder(out: Path, wanted: dict[str, Any], resume: bool) -> None:
-    path = out / COMPARE_FILE
+def _check_folder(out: Path, resume: bool) -> None:
+    """Refuse to write over a run or another comparison; before the data is read."""
+    check_writable(out)
     if (out / "config.json").exists():
         raise ValueError(f"{out} holds a single run; choose another --out for the comparison")
-    if not path.exists():
-        return
-    try:
-        there = json.loads(path.read_text())
-    except ValueError:
-        raise ValueError(f"{path} is broken; choose another --out") from None
-    different = differences(wanted, there)
-    if different:
-        shown = "; ".join(different[:5]) + (f"; and {len(different) - 5} more" if len(different) > 5 else "")
-        raise ValueError(f"{out} holds another comparison: {shown}. Choose another --out, or the same settings")
-    if not resume:
+    if (out / COMPARE_FILE).exists() and not resume:
         raise ValueError(f"{out} exists; give --resume to continue it, or another --out")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is broken; remove its folder, or choose another --out") from None
 
 
 class _Comparison:
@@ -196,11 +197,44 @@ class _Comparison:
         data: DataConfig,
         corpus: Corpus,
         out: Path,
+        lr_source: dict[str, str],
     ) -> None:
         self.what, self.arms, self.options, self.data, self.corpus, self.out = what, arms, options, data, corpus, out
+        self.lr_source = lr_source
         self.sweeps: dict[str, Sweep] = {}
 
-    def go(self, given: bool) -> dict[str, Any]:
+    def check(self) -> None:
+        """Refuse data too short to train on, and a prompt that the models can't continue."""
+        for resolved in self.arms.values():
+            context = resolved.context
+            assert context is not None
+            for split in (self.corpus.train, self.corpus.val):
+                split.num_windows(context)
+            if self.corpus.tokenizer is not None and self.what.sample_tokens:
+                length = len(self.corpus.tokenizer.encode(self.prompt))
+                if not 0 < length < context:
+                    raise ValueError(
+                        f"the prompt has {length} tokens, the context is {context}; give a --prompt of 1 to "
+                        f"{context - 1} tokens, or --sample-tokens 0"
+                    )
+
+    def record(self) -> dict[str, Any]:
+        """compare.json: what defines the comparison."""
+        defining = {"arms": list(self.what.arms), "seeds": self.what.seeds, "sweep_lr": self.what.sweep_lr}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "compare": defining,
+            "arms": {arm: dataclasses.asdict(config) for arm, config in self.arms.items()},
+            "data": dataclasses.asdict(self.data),
+            "data_sha256": self.corpus.sha256,
+        }
+
+    @property
+    def prompt(self) -> str:
+        """What the samples continue."""
+        return "def " if self.what.prompt is None else self.what.prompt
+
+    def go(self) -> dict[str, Any]:
         results: dict[str, dict[int, Result]] = {}
         for arm in self.arms:
             if self.what.sweep_lr:
@@ -210,9 +244,7 @@ class _Comparison:
         trainers = {arm: self._trainer(arm) for arm in self.arms}
         costs = time_steps(trainers, self.what.timing_rounds)
         facts = next(iter(trainers.values()))
-        summary_arms = {
-            arm: self._arm_summary(arm, results[arm], costs[arm], trainers[arm], given) for arm in self.arms
-        }
+        summary_arms = {arm: self._arm_summary(arm, results[arm], costs[arm], trainers[arm]) for arm in self.arms}
         best = best_gpt_arm(summary_arms)
         deviations = [a["inspection"]["max_norm_deviation"] for a in summary_arms.values()]
         return {
@@ -256,8 +288,11 @@ class _Comparison:
     def _train(self, arm: str, lr: float, seed: int, title: str | None = None) -> Result:
         # each arm compiles its own code; what the last one compiled would only slow down the look-up
         torch._dynamo.reset()
+        gc.collect()  # compiled models are held by cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         config = dataclasses.replace(self.arms[arm], lr=lr, seed=seed)
-        return train(
+        result = train(
             arm,
             config,
             self.options,
@@ -267,6 +302,10 @@ class _Comparison:
             corpus=self.corpus,
             title=title or (arm if self.what.seeds == 1 else f"{arm}, seed {seed}"),
         )
+        # a signal during the last step lets that run finish; it stops the comparison all the same
+        if (number := StopRequest.received()) is not None:
+            raise Interrupted(number, f"stopped after {arm}, saved in {self.out}; --resume continues it")
+        return result
 
     def _sweep(self, arm: str) -> None:
         """Try the grid's rates around the arm's default, and go on at whichever edge is best until none is."""
@@ -291,9 +330,7 @@ class _Comparison:
         """A fresh trainer at the arm's rate, for timing; it shares no state with the runs."""
         return Trainer(arm, dataclasses.replace(self.arms[arm], lr=self._lr(arm)), self.options, self.corpus)
 
-    def _arm_summary(
-        self, arm: str, results: dict[int, Result], cost: StepCost, trainer: Trainer, given: bool
-    ) -> dict[str, Any]:
+    def _arm_summary(self, arm: str, results: dict[int, Result], cost: StepCost, trainer: Trainer) -> dict[str, Any]:
         losses = [r.final_val_loss for r in results.values()]
         per_byte = [r.bits_per_byte for r in results.values() if r.bits_per_byte is not None]
         any_result = next(iter(results.values()))
@@ -306,7 +343,7 @@ class _Comparison:
             "final_val_loss_spread": max(losses) - min(losses) if len(losses) > 1 else None,
             "bits_per_byte": mean(per_byte) if per_byte else None,
             "best_lr": self._lr(arm),
-            "lr_source": "swept here" if sweep else ("given" if given else self._preset_lr(arm)),
+            "lr_source": "swept here" if sweep else self.lr_source[arm],
             "lr_sweep": sweep.as_record() if sweep else None,
             "tokens": any_result.tokens,
             "steps": any_result.steps,
@@ -317,15 +354,11 @@ class _Comparison:
             "num_parameters": any_result.num_parameters,
             "train_seconds": mean(r.train_seconds for r in results.values()),
             "skipped_steps": sum(r.skipped_steps for r in results.values()),
+            "model": dataclasses.asdict(trainer.model_config),
+            "recipe": {name: getattr(trainer.config, name) for name in RECIPE_FIELDS},
             "seeds": {str(seed): self._curves(arm, seed, r) for seed, r in results.items()},
             **sample,
         }
-
-    def _preset_lr(self, arm: str) -> str:
-        preset = PRESETS[self.arms[arm].preset]
-        if arm in preset.tuned_lr:
-            return f"tuned beforehand for the {self.arms[arm].preset} preset, see docs/demo-sweep.md"
-        return "a usual value, not tuned"
 
     def _curves(self, arm: str, seed: int, result: Result) -> dict[str, Any]:
         records = read_jsonl(self.folder(arm, self._lr(arm), seed) / METRICS_FILE)
@@ -347,9 +380,9 @@ class _Comparison:
         with trainer.autocast():
             found: dict[str, Any] = {"inspection": inspect_model(run.model, trainer.val_batches[0])}
             if run.tokenizer is not None and self.what.sample_tokens:
-                prompt = self.what.prompt or "def "
-                tokens = generate(run.model, run.tokenizer.encode(prompt), self.what.sample_tokens, Sampling(0.7))
-                found |= {"sample_prompt": prompt, "sample": run.tokenizer.decode(list(tokens))}
+                prompt = run.tokenizer.encode(self.prompt)
+                tokens = generate(run.model, prompt, self.what.sample_tokens, Sampling(0.7))
+                found |= {"sample_prompt": self.prompt, "sample": run.tokenizer.decode(list(tokens))}
         return found
 
     def _limits(self, trainer: Trainer) -> list[str]:
@@ -357,6 +390,7 @@ class _Comparison:
         config = trainer.config
         assert config.steps is not None
         size = trainer.model.num_parameters()
+        machines = {self._machine(arm, seed) for arm in self.arms for seed in self._seeds(arm)}
         limits = [
             f"Scale: models of about {size / 1e6:.3g} million parameters on one data set; the ratio depends on both.",
             f"Horizon: {config.steps:,} steps of {trainer.tokens_per_step:,} tokens; the order may differ after more.",
@@ -370,4 +404,17 @@ class _Comparison:
             limits.append(f"Grid: the best learning rate of {', '.join(edge)} lies at the edge of what was tried.")
         else:
             limits.append("Grid: learning rates are factors of 1.6 apart, and tuned with one seed.")
+        limits.append("Choice: the same validation set chose the learning rates and gives the final losses.")
+        changed = PRESETS[config.preset].ngpt
+        if changed and any(parse_arm(arm).architecture == "ngpt" for arm in self.arms):
+            starts = ", ".join(f"{name} {value:g}" for name, value in changed.items())
+            limits.append(f"Starts: at this preset nGPT starts from {starts}, not from the paper's values.")
+        if len(machines) > 1:
+            limits.append(f"Machines: the runs were made under {'; '.join(sorted(machines))}.")
         return limits
+
+    def _machine(self, arm: str, seed: int) -> str:
+        """Under what a run was made, all its starts together."""
+        starts = _read(self.folder(arm, self._lr(arm), seed) / ENVIRONMENT_FILE)
+        keys = ("cpu", "gpu", "torch", "num_threads", "compiled")
+        return " and ".join(sorted({", ".join(f"{k} {start.get(k)}" for k in keys) for start in starts}))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nsphere.layers import Attention, Decoder, DecoderConfig, KVCache, RopeTables, SwiGLU
+from nsphere.layers import Attention, Decoder, DecoderConfig, KVCache, RopeTables, SwiGLU, check_positive
+from nsphere.norms import make_norm
 from nsphere.ops.embedding import embedding
 from nsphere.qk_norm import QKNorm
 
@@ -23,6 +24,12 @@ class GPTConfig(DecoderConfig):
     """eps of the RMS norms, inside the root."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; W_o and W_down are further divided by √(2 num_layers)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "norm_eps", "init_std")
+        if self.qk_norm != "none":
+            make_norm(self.qk_norm, self.head_dim)  # refuses an unknown name with the known ones
 
 
 class Embedding(nn.Module):

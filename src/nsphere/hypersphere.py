@@ -179,9 +179,14 @@ class SphereMatrix(NamedTuple):
 
 
 def sphere_matrices(model: nn.Module) -> Iterator[SphereMatrix]:
-    """Every parameter of the model that belongs on the sphere, each once, in module order."""
+    """Every parameter of the model that belongs on the sphere, each once, in module order.
+
+    What is normalised in every forward pass (`projection="forward"`) is not among them: its raw rows have any length.
+    """
     seen: set[int] = set()
     for prefix, module in model.named_modules():
+        if getattr(module, "projection", "step") == "forward":
+            continue
         for parameter, dim in getattr(module, "sphere_dims", {}).items():
             weight = getattr(module, parameter)
             if id(weight) not in seen:

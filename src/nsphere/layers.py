@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, S cached and new, H query heads, K key and value heads, D head_dim, d d_model, V words.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,8 +66,15 @@ class DecoderConfig:
             )
         if self.d_mlp < 1:
             raise ValueError(f"d_mlp must be at least 1, got {self.d_mlp}")
-        if not self.rope_base > 0:
-            raise ValueError(f"rope_base must be positive, got {self.rope_base}")
+        check_positive(self, "rope_base")
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Raise ValueError for the first field that is not a positive finite number."""
+    for name in names:
+        value = getattr(config, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a positive number, got {value}")
 
 
 class KVCache:
@@ -280,11 +288,12 @@ class Decoder(nn.Module):
         """Compile each block and the loss, in place.
 
         Blocks of one shape share one compiled function, so that compiling takes as long for 36 blocks as for one;
-        on CPU the step is also faster than with the whole model compiled in one piece (docs/lab-notes.md).
+        on CPU the step is also faster than with the whole model compiled in one piece (docs/lab-notes.md). Each shape
+        gets code of its own: code for any shape, made at the first odd one, would change the last bits midway.
         """
         for block in self.blocks:
-            block.compile()
-        self.hidden_loss = torch.compile(self.hidden_loss)  # type: ignore[method-assign]
+            block.compile(dynamic=False)
+        self.hidden_loss = torch.compile(self.hidden_loss, dynamic=False)  # type: ignore[method-assign]
 
     def num_parameters(self) -> int:
         """All learned numbers, shared ones once."""

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from nsphere.hypersphere import Projection, Scale, ScaleKind, SphereEmbedding, SphereLinear
-from nsphere.layers import Attention, Decoder, DecoderConfig, KVCache, RopeTables, SwiGLU
+from nsphere.layers import Attention, Decoder, DecoderConfig, KVCache, RopeTables, SwiGLU, check_positive
 from nsphere.norms import L2Norm
 from nsphere.ops.normalized_update import normalized_update
 from nsphere.qk_norm import QKNorm
@@ -69,10 +69,10 @@ class NGPTConfig(DecoderConfig):
         for name in ("eigen_lr", "s_qk", "s_uv", "s_z"):
             if getattr(self, name) not in ("vector", "scalar", "fixed"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose vector, scalar or fixed")
-            if not getattr(self, f"{name}_scale") > 0:
-                raise ValueError(f"{name}_scale must be positive, got {getattr(self, f'{name}_scale')}")
+            check_positive(self, f"{name}_init", f"{name}_scale")
         if self.softmax_scale is None:
             object.__setattr__(self, "softmax_scale", math.sqrt(self.head_dim))
+        check_positive(self, "softmax_scale")
         if self.projection not in ("step", "forward"):
             raise ValueError(f"projection is {self.projection!r}; choose step or forward")
         if self.convention not in ("paper", "nvidia"):
@@ -142,7 +142,14 @@ class NGPT(Decoder):
 
     config: NGPTConfig
 
+    convention = "paper"
+
     def __init__(self, config: NGPTConfig) -> None:
+        if config.convention != self.convention:
+            raise ValueError(
+                f"{type(self).__name__} is the model of convention {self.convention!r}, the config says "
+                f"{config.convention!r}; build it with nsphere.make_model(config)"
+            )
         self.config = config
         blocks = [self.make_block(config) for _ in range(config.num_layers)]
         embed = SphereEmbedding(config.vocab_size, config.d_model, config.projection)

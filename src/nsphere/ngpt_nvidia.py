@@ -51,6 +51,8 @@ class NvidiaBlock(NGPTBlock):
 class NvidiaNGPT(NGPT):
     """nGPT as the authors' code computes it: the architecture of `NGPTConfig(convention="nvidia")`."""
 
+    convention = "nvidia"
+
     def make_block(self, config: NGPTConfig) -> NGPTBlock:
         """A block in the reference's convention."""
         norm_and_scale = super().make_block(config).attn.qk_norm

@@ -21,11 +21,12 @@ class Preset:
     about: str
     steps: int
     batch_size: int
-    eval_batches: int
+    micro_batch_size: int
+    eval_sequences: int
     ngpt: dict[str, Any] = field(default_factory=dict)
     """Fields of NGPTConfig that differ from the paper's at this size."""
     tuned_lr: dict[str, float] = field(default_factory=dict)
-    """Peak learning rates by arm, found by a sweep at this preset's own steps and batch."""
+    """Peak learning rates by arm, from a sweep at this preset's own shape, steps, batch and the embedded text."""
 
     def shape(self) -> dict[str, int]:
         """The fields of a model config that the preset gives; the vocabulary is the data's."""
@@ -34,14 +35,6 @@ class Preset:
     def model_defaults(self, architecture: str) -> dict[str, Any]:
         """The architecture's fields that the preset changes."""
         return dict(self.ngpt) if architecture == "ngpt" else {}
-
-    def lr(self, arm: str, optimizer: str) -> float:
-        """The tuned learning rate of an arm, or of the arm it varies; else one that is merely usual."""
-        base = arm.partition(":")[0]
-        for name in (base, base.partition("-")[0]):
-            if name in self.tuned_lr and (optimizer == "muon") == ("muon" in name):
-                return self.tuned_lr[name]
-        return USUAL_LR["ngpt" if base.startswith("ngpt") else "gpt"]
 
 
 USUAL_LR = {"gpt": 6e-4, "ngpt": 1.5e-3}
@@ -57,14 +50,15 @@ PRESETS = {
         about="trains in minutes on two CPU cores, on bytes",
         steps=600,
         batch_size=16,
-        eval_batches=16,
+        micro_batch_size=16,
+        eval_sequences=256,
         # α = 0.05 and s_z = 1 start far from where they end, which costs a short run its first hundreds of steps
         ngpt={"eigen_lr_init": 0.25, "s_z_init": 10.0},
-        tuned_lr={"gpt": 1e-3, "gpt-qknorm": 1e-3, "ngpt": 2e-3},
+        tuned_lr={"gpt": 6.3e-4, "gpt-qknorm": 6.3e-4, "ngpt": 2.5e-3},
     ),
-    "gpt2-small": Preset(768, 12, 12, 1024, 50304, "the size of GPT-2 small", 20_000, 480, 64),
-    "0.5b": Preset(1024, 24, 16, 4096, 32000, "the paper's 0.5B: 468,491,520 parameters as nGPT", 100_000, 256, 64),
-    "1b": Preset(1280, 36, 20, 4096, 32000, "the paper's 1B: 1,026,177,280 parameters as nGPT", 100_000, 256, 64),
+    "gpt2-small": Preset(768, 12, 12, 1024, 50304, "the size of GPT-2 small", 20_000, 480, 16, 512),
+    "0.5b": Preset(1024, 24, 16, 4096, 32000, "the paper's 0.5B: 468,491,520 parameters as nGPT", 100_000, 256, 4, 256),
+    "1b": Preset(1280, 36, 20, 4096, 32000, "the paper's 1B: 1,026,177,280 parameters as nGPT", 100_000, 256, 2, 256),
 }
 
 ARCHITECTURES: dict[str, tuple[type, Any]] = {"gpt": (GPTConfig, GPT), "ngpt": (NGPTConfig, make_ngpt)}

@@ -19,6 +19,11 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, rows)])
 
 
+def printable(text: str) -> str:
+    """Text that a model made, without the control characters that could command a terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None or not math.isfinite(value) else format(value, form)
 
@@ -45,7 +50,7 @@ def comparison_table(summary: Mapping[str, Any], out: Path) -> str:
     parts = [text_table(header, rows), "", _answer(summary)]
     for name, arm in summary["arms"].items():
         if "sample" in arm:
-            parts += ["", f"--- a sample of {name} ---", arm["sample_prompt"] + arm["sample"]]
+            parts += ["", f"--- a sample of {name} ---", printable(arm["sample_prompt"] + arm["sample"])]
     return "\n".join([*parts, "", f"report: {out / 'report.html'}"])
 
 
@@ -86,7 +91,8 @@ def info_table() -> str:
     import torch
 
     import nsphere
-    from nsphere.train.machine import can_compile, cpu_name, has_bf16
+    from nsphere.ops import backend
+    from nsphere.train.machine import cpu_name, has_bf16
 
     rows = [
         ["nsphere", nsphere.__version__],
@@ -98,8 +104,12 @@ def info_table() -> str:
     if len(devices) == 1:
         rows.append(["gpu", "none" if torch.version.cuda else "none (this torch is built without CUDA)"])
     for device in devices:
-        bf16, compiler = has_bf16(device), can_compile(device)
+        bf16, compiler = has_bf16(device), backend.can_compile(device.type)
         rows.append([f"{device} dtype", f"{'bfloat16' if bf16.available else 'float32'}: {bf16.reason}"])
         rows.append([f"{device} model", f"{'compiled' if compiler.available else 'eager'}: {compiler.reason}"])
+        for name in backend.BACKENDS:
+            reason = backend.why_not(name, device.type, has_triton_kernel=False)
+            rows.append([f"{device} ops, {name}", "runs" if reason is None else f"does not run: {reason}"])
+        rows.append([f"{device} ops, chosen", backend.choose(device)])
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)

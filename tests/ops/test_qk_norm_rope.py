@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tolerances import assert_close, error, floor
 from torch import nn
 
-from nsphere.norms import L2Norm, LayerNorm, RMSNorm
+from nsphere.norms import L2Norm, LayerNorm, NormSpec, RMSNorm
 from nsphere.ops import backend as backends
-from nsphere.ops.qk_norm_rope import lean
+from nsphere.ops.qk_norm_rope import SideSpec, SideTensors, lean, qk_norm_rope
 from nsphere.qk_norm import LearnedMultiplier, QKNorm
 from nsphere.rope import RopeSpec
 
@@ -465,3 +465,18 @@ def test_fp32_weights_beside_bf16_data_do_not_promote():
     assert low[0].dtype == torch.bfloat16
     expected = truth(qk, q.bfloat16(), k.bfloat16(), tables_for(qk.rope), inputs()[1])
     assert error(low[0], expected[0]) <= floor(torch.bfloat16) / 4
+
+
+def test_q_and_k_may_turn_by_different_tables():
+    (q, k), grads = inputs()
+    spec = SideSpec(NormSpec("rms", 1e-6), ROPES["half"])
+    tables = [tables_for(spec.rope), tuple(2.0 * t for t in tables_for(spec.rope))]
+    results = []
+    for backend in (None, "reference"):
+        leaves = [t.double().requires_grad_() for t in (q, k)]
+        sides = [SideTensors(cos=cos, sin=sin) for cos, sin in tables]
+        outputs = qk_norm_rope(*leaves, spec, spec, *sides, backend=backend)
+        torch.autograd.backward(outputs, [g.double() for g in grads])
+        results.append([t.grad for t in leaves])
+    for a, b in zip(*results, strict=True):
+        assert error(a, b) <= 1e-11

@@ -5,7 +5,7 @@ import tiny
 
 from nsphere.ngpt import NGPTConfig
 from nsphere.train.arms import ARMS, parse_arm
-from nsphere.train.config import TrainConfig, differences, model_config, read_config, resolve
+from nsphere.train.config import TrainConfig, differences, model_config, read_config, resolve, usual_lr
 
 
 def test_recipes_per_architecture() -> None:
@@ -55,10 +55,13 @@ def test_every_arm_makes_a_config(arm: str) -> None:
         ("gpt", {"lr": float("nan")}, "lr must be a positive number, got nan"),
         ("gpt", {"steps": 0}, "steps must be at least 1, got 0"),
         ("gpt", {"beta2": 1.0}, "beta2 must be in"),
-        ("gpt", {"batch_size": 6, "micro_batch_size": 4}, "is not a multiple of micro_batch_size 4"),
+        ("gpt", {"optimizer": "mun"}, "optimizer is 'mun'; choose adamw, muon"),
+        ("gpt", {"schedule": "cosin"}, "schedule is 'cosin'; choose cosine, linear, wsd"),
+        ("gpt", {"dtype": "float16"}, "dtype is 'float16'; choose auto, bfloat16, float32"),
+        ("gpt:warmup_steps=x", {}, "'x', which is not a int"),
         ("gpt", {"warmup_steps": 600}, "leaves nothing of 600 steps"),
         ("gpt", {"decay_fraction": 0.0}, "decay_fraction must be in"),
-        ("gpt", {"seed": -1}, "seed must be at least 0"),
+        ("gpt", {"seed": -1}, "seed must be from 0"),
         ("ngpt", {"weight_decay": 0.1}, "has no meaning for nGPT"),
     ],
 )
@@ -78,6 +81,47 @@ def test_bad_values_say_what_and_what_instead(arm: str, changes: dict, message: 
 def test_shapes_that_cannot_be(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model_config("gpt", dataclasses.replace(TrainConfig(), **changes), 256)
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("gpt:qk_norm=foo", "foo"),
+        ("gpt:init_std=-1", "init_std must be a positive number, got -1.0"),
+        ("gpt:norm_eps=nan", "norm_eps must be a positive number, got nan"),
+        ("ngpt:s_z_init=0", "s_z_init must be a positive number, got 0.0"),
+        ("ngpt:eigen_lr_scale=inf", "eigen_lr_scale must be a positive number, got inf"),
+    ],
+)
+def test_model_fields_that_cannot_be(arm: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_config(arm, TrainConfig(), 256)
+
+
+def test_an_arm_may_have_a_recipe_of_its_own() -> None:
+    shared = TrainConfig(schedule="wsd")
+    gpt = resolve("gpt:weight_decay=0.05,warmup_steps=7,optimizer=muon", shared)
+    assert (gpt.weight_decay, gpt.warmup_steps, gpt.optimizer, gpt.schedule) == (0.05, 7, "muon", "wsd")
+    assert resolve("gpt:weight_decay=0.05", gpt).weight_decay == 0.05
+
+
+@pytest.mark.parametrize(
+    ("arm", "changes", "source"),
+    [
+        ("ngpt", {}, "tuned beforehand for the demo preset"),
+        ("ngpt", {"steps": 600}, "tuned beforehand for the demo preset"),
+        ("ngpt", {"steps": 601}, "tuned for ngpt at the demo preset's settings, not for these"),
+        ("ngpt", {"d_model": 128}, "not for these"),
+        ("ngpt:s_z_init=1", {}, "not for these"),
+        ("gpt-tied", {}, "tuned for gpt at the demo preset's settings, not for these"),
+        ("gpt", {"optimizer": "muon"}, "not for these"),
+        ("ngpt", {"preset": "1b"}, "a usual value, not tuned"),
+    ],
+)
+def test_where_a_learning_rate_comes_from(arm: str, changes: dict, source: str) -> None:
+    lr, said = usual_lr(arm, dataclasses.replace(TrainConfig(), **changes))
+    assert source in said
+    assert resolve(arm, dataclasses.replace(TrainConfig(), **changes)).lr == lr
 
 
 def test_differences_are_named() -> None:

@@ -24,6 +24,10 @@ def test_condition_number_of_a_known_matrix() -> None:
     assert condition_number(q @ torch.diag(torch.tensor([8.0, 4, 2, 1, 0.5], dtype=torch.float64))) == pytest.approx(16)
 
 
+def test_a_singular_matrix_has_no_condition_number() -> None:
+    assert condition_number(torch.zeros(3, 3)) is None
+
+
 def test_distribution_of_known_numbers() -> None:
     d = distribution(torch.tensor([0.0, 0.0, 1.0, 3.0]))
     assert (d["mean"], d["min"], d["max"]) == (1, 0, 3)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from nsphere.train.data import DataConfig, load_corpus
 from nsphere.train.files import read_jsonl
 from nsphere.train.loop import train
 from nsphere.train.signals import Interrupted
-from nsphere.train.trainer import NonFinite, Trainer
+from nsphere.train.trainer import NonFinite, Trainer, process_settings
 
 ARMS = ["gpt", "gpt-qknorm-muon", "ngpt"]
 
@@ -106,7 +107,7 @@ def test_a_signal_saves_and_leaves(tmp_path, data, monkeypatch, number) -> None:
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, data) -> None:
     corpus = load_corpus(data)
     whole, parts = (
-        Trainer("ngpt", resolve("ngpt", tiny.config(micro_batch_size=m)), tiny.options(), corpus) for m in (4, 1)
+        Trainer("ngpt", resolve("ngpt", tiny.config()), tiny.options(micro_batch_size=m), corpus) for m in (4, 1)
     )
     for _ in range(3):
         a, b = whole.step(), parts.step()
@@ -125,7 +126,14 @@ def test_starting_from_another_run(tmp_path, data) -> None:
     assert second[0]["val_loss"] == first[-1]["val_loss"]
     with pytest.raises(ValueError, match="holds the architecture 'ngpt', and 'gpt' was asked for"):
         train("gpt", config, tiny.options(), data, tmp_path / "third")
+    # the same stored numbers would mean other scales there
+    with pytest.raises(ValueError, match=r"belong to another model: s_z_init is 10.0 there, 1.0 asked for"):
+        train("ngpt:s_z_init=1", config, tiny.options(), data, tmp_path / "third")
     assert not (tmp_path / "third").exists()
+    # a finished run, or one with a checkpoint, needs its source no more
+    shutil.rmtree(tmp_path / "first")
+    (tmp_path / "second" / "result.json").unlink()
+    train("ngpt", config, tiny.options(), data, tmp_path / "second", resume=True)
 
 
 def poisoned_step(at: int):
@@ -159,9 +167,17 @@ def test_or_is_skipped_and_counted(tmp_path, data, monkeypatch) -> None:
     monkeypatch.setattr(Trainer, "step", poisoned_step(4))
     result = train("gpt", tiny.config(), tiny.options(skip_nonfinite=True), data, tmp_path / "run")
     assert (result.skipped_steps, result.steps) == (1, 6)
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     skipped = [r["step"] for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r.get("skipped")]
     assert skipped == [5]
     assert all(torch.isfinite(t).all() for t in weights(tmp_path / "run").values())
+
+
+def test_a_validation_loss_that_is_not_finite_stops_too(tmp_path, data, monkeypatch) -> None:
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: float("nan") if self.num_steps == 3 else 1.0)
+    with pytest.raises(NonFinite, match=r"validation loss at step 3 is nan; .*step-00000002"):
+        train("gpt", tiny.config(), tiny.options(), data, tmp_path / "run")
 
 
 def test_another_run_is_never_written_over(tmp_path, data) -> None:
@@ -203,9 +219,9 @@ from pathlib import Path
 from nsphere.train.config import RunOptions, TrainConfig
 from nsphere.train.data import DataConfig
 from nsphere.train.loop import train
-config = TrainConfig(d_model=64, num_layers=2, num_heads=2, context=64, steps=8, batch_size=8, eval_every=4,
-                     eval_batches=2, dtype="bfloat16")
-train("ngpt", config, RunOptions(threads=2, checkpoint_every=2, tensorboard=False), DataConfig(data=sys.argv[1]),
+config = TrainConfig(d_model=64, num_layers=2, num_heads=2, context=64, steps=60, batch_size=8, eval_every=4,
+                     eval_sequences=8, dtype="bfloat16")
+train("ngpt", config, RunOptions(threads=2, checkpoint_every=5, tensorboard=False), DataConfig(data=sys.argv[1]),
       Path(sys.argv[2]), resume=True)
 """
 
@@ -217,7 +233,7 @@ def test_compiled_with_two_threads_is_bit_identical_also_when_killed(tmp_path, d
         subprocess.run([*command, str(tmp_path / name)], check=True, capture_output=True)
     killed = subprocess.Popen([*command, str(tmp_path / "cut")], stderr=subprocess.DEVNULL)
     metrics = tmp_path / "cut" / "metrics.jsonl"
-    while not metrics.exists() or '"step": 3' not in metrics.read_text():
+    while not metrics.exists() or '"step": 7' not in metrics.read_text():
         assert killed.poll() is None
         time.sleep(0.01)
     killed.kill()
@@ -257,3 +273,40 @@ def test_documents_that_share_a_row_are_masked_from_each_other(tmp_path) -> None
     assert torch.equal(a[~first], b[~first])  # the first document can't be seen from the second
     assert not torch.allclose(a[~first], together[~first])
     assert isinstance(batch, Batch) and result.steps == 6
+
+
+def test_eager_means_eager(data) -> None:
+    """QK-norm's own op does not compile behind --no-compile."""
+    trainer = Trainer("ngpt", resolve("ngpt", tiny.config()), tiny.options(), load_corpus(data))
+    assert {block.attn.qk_norm.backend for block in trainer.model.blocks} == {"reference"}
+
+
+def test_settings_of_the_process_come_back() -> None:
+    before = torch.get_num_threads(), torch._dynamo.config.recompile_limit
+    with process_settings(tiny.options(threads=before[0] + 1), torch.device("cpu")):
+        assert torch.get_num_threads() == before[0] + 1
+        assert torch._dynamo.config.fail_on_recompile_limit_hit
+    assert (torch.get_num_threads(), torch._dynamo.config.recompile_limit) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_cuda_compiled_runs_are_bit_identical_and_resume(tmp_path, data, monkeypatch) -> None:
+    config = tiny.config(dtype="bfloat16", steps=20)
+    options = tiny.options(device="cuda", compile=True)
+    for name in ("one", "two"):
+        train("ngpt", config, options, data, tmp_path / name)
+    step = Trainer.step
+
+    def dying_step(self):
+        if self.num_steps == 7:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", dying_step)
+        with pytest.raises(KeyboardInterrupt):
+            train("ngpt", config, options, data, tmp_path / "cut")
+    train("ngpt", config, options, data, tmp_path / "cut", resume=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "cut")

@@ -1,22 +1,23 @@
 import torch
 
+from nsphere.ops import backend
 from nsphere.train import machine
 from nsphere.train.timing import time_steps
 
 
 def test_a_compiler_that_is_missing_or_broken_is_named(monkeypatch, tmp_path) -> None:
-    machine.cpp_compiler.cache_clear()
+    backend.cpp_compiler.cache_clear()
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    found = machine.cpp_compiler()
+    found = backend.cpp_compiler()
     assert not found.available and "/no/such/compiler" in found.reason
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    machine.cpp_compiler.cache_clear()
+    backend.cpp_compiler.cache_clear()
     monkeypatch.setenv("CXX", str(broken))
-    found = machine.cpp_compiler()
+    found = backend.cpp_compiler()
     assert not found.available and "can't build" in found.reason
-    machine.cpp_compiler.cache_clear()
+    backend.cpp_compiler.cache_clear()
 
 
 def test_environment_is_complete() -> None:

@@ -11,7 +11,12 @@ import functools
 import importlib.util
 import logging
 import os
+import shlex
 import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
 
 import torch
 
@@ -20,19 +25,62 @@ BACKENDS = ("reference", "compiled", "triton")
 logger = logging.getLogger("nsphere")
 
 
+class Ability(NamedTuple):
+    """Whether something can be done here; the reason why not, or what makes it possible."""
+
+    available: bool
+    reason: str
+
+
+@functools.cache
+def cpp_compiler() -> Ability:
+    """Whether the C++ compiler that torch.compile would call, $CXX or g++, builds a shared library with OpenMP."""
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    command = shlex.split(name)
+    if not command or shutil.which(command[0]) is None:
+        return Ability(False, f"no C++ compiler found ({name} is not on the PATH); install g++, or set CXX")
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "probe.cpp")
+        with open(source, "w") as file:
+            file.write('#include <cmath>\nextern "C" double probe(double x) { return std::exp(x); }\n')
+        try:
+            built = subprocess.run(
+                [*command, "-shared", "-fPIC", *openmp, source, "-o", os.path.join(folder, "probe.so")],
+                capture_output=True,
+                timeout=60,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return Ability(False, f"the C++ compiler {name} does not run ({error})")
+    if built.returncode != 0:
+        return Ability(False, f"the C++ compiler {name} can't build a small library; repair it, or set CXX")
+    return Ability(True, f"C++ compiler {shutil.which(command[0])}")
+
+
+@functools.cache
+def can_compile(device_type: str) -> Ability:
+    """Whether torch.compile works for this kind of device."""
+    if device_type == "cpu":
+        return cpp_compiler()
+    if device_type != "cuda":
+        return Ability(False, f"torch.compile is not used on {device_type}")
+    if importlib.util.find_spec("triton") is None:
+        return Ability(False, "the triton package is not installed")
+    # Triton builds its launchers with a C compiler
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not any(shutil.which(name) for name in compilers):
+        return Ability(False, f"no C compiler found ({', '.join(compilers)}); install gcc, or set CC")
+    return Ability(True, "triton")
+
+
 def why_not(backend: str, device_type: str, *, has_triton_kernel: bool) -> str | None:
     """The reason `backend` cannot run on this kind of device, or None if it can."""
     if backend == "reference":
         return None
     triton = importlib.util.find_spec("triton") is not None
     if backend == "compiled":
-        if device_type == "cpu":
-            compiler = os.environ.get("CXX", "g++")
-            found = shutil.which(compiler) is not None
-            return None if found else f"there is no C++ compiler ({compiler!r} is not on the PATH; set CXX)"
-        if device_type == "cuda":
-            return None if triton else "the triton package is not installed"
-        return f"torch.compile is not used on {device_type}"
+        ability = can_compile(device_type)
+        return None if ability.available else ability.reason
     if not has_triton_kernel:
         return "this op has no Triton kernel"
     if device_type != "cuda":

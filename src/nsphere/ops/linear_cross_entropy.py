@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-MAX_LOGITS = 1 << 24
-"""Most logits stored at a time: 64 MiB of fp32."""
+MAX_LOGITS = 1 << 26
+"""Most logits stored at a time: 256 MiB of fp32. The compiler unrolls the chunks, so there should not be hundreds."""
 
 IGNORE = -100
 """A target that does not count, as in torch.nn.functional.cross_entropy."""

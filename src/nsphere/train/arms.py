@@ -1,6 +1,7 @@
 """Arms: what is compared with what. An arm is an architecture, what it changes in it, and how it is optimised.
 
-`gpt-qknorm` names an arm; `ngpt:s_z_init=1,eigen_lr=scalar` changes fields of its architecture's config.
+`gpt-qknorm` names an arm; `ngpt:s_z_init=1,eigen_lr=scalar` changes fields of its architecture's config, and
+`gpt:weight_decay=0.05,warmup_steps=100` its recipe.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from nsphere.presets import ARCHITECTURES
 
 OptimizerName = Literal["adamw", "muon"]
+ScheduleName = Literal["cosine", "linear", "wsd"]
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,18 @@ class Arm:
     architecture: str
     about: str
     model: dict[str, Any] = field(default_factory=dict)
-    optimizer: OptimizerName = "adamw"
+    """Fields of the architecture's config."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """Fields of the training config, which then hold for this arm alone."""
 
 
 ARMS = {
     "gpt": Arm("gpt", "pre-RMSNorm, RoPE, SwiGLU"),
     "gpt-qknorm": Arm("gpt", "GPT with RMS QK-norm", {"qk_norm": "rms"}),
-    "gpt-muon": Arm("gpt", "GPT, matrices trained by Muon", {}, "muon"),
-    "gpt-qknorm-muon": Arm("gpt", "GPT with RMS QK-norm, matrices trained by Muon", {"qk_norm": "rms"}, "muon"),
+    "gpt-muon": Arm("gpt", "GPT, matrices trained by Muon", {}, {"optimizer": "muon"}),
+    "gpt-qknorm-muon": Arm(
+        "gpt", "GPT with RMS QK-norm, matrices trained by Muon", {"qk_norm": "rms"}, {"optimizer": "muon"}
+    ),
     "gpt-tied": Arm("gpt", "GPT with one matrix for embedding and head", {"tied": True}),
     "ngpt": Arm("ngpt", "the normalized transformer"),
     "ngpt-no-qknorm": Arm("ngpt", "nGPT without QK-norm", {"qk_norm": False}),
@@ -63,17 +69,18 @@ def parse_arm(name: str) -> Arm:
     if not changes:
         return arm
     config_class = ARCHITECTURES[arm.architecture][0]
-    types = typing.get_type_hints(config_class)
-    own = {f.name for f in dataclasses.fields(config_class)} - SHAPE_FIELDS
-    model = dict(arm.model)
+    types = typing.get_type_hints(config_class) | RECIPE_FIELDS
+    allowed = {f.name for f in dataclasses.fields(config_class)} - SHAPE_FIELDS
+    allowed |= set(RECIPE_FIELDS)
+    model, recipe = dict(arm.model), dict(arm.recipe)
     for change in changes.split(","):
         key, equals, text = change.partition("=")
         if not equals:
             raise ValueError(f"arm {name!r}: {change!r} is not FIELD=VALUE")
-        if key not in own:
-            raise ValueError(f"arm {name!r}: {arm.architecture} has no field {key!r}; {nearest(key, sorted(own))}")
-        model[key] = _parse_value(types[key], text, f"arm {name!r}: {key}")
-    return dataclasses.replace(arm, about=f"{arm.about}; {changes}", model=model)
+        if key not in allowed:
+            raise ValueError(f"arm {name!r}: {arm.architecture} has no field {key!r}; {nearest(key, sorted(allowed))}")
+        (recipe if key in RECIPE_FIELDS else model)[key] = _parse_value(types[key], text, f"arm {name!r}: {key}")
+    return dataclasses.replace(arm, about=f"{arm.about}; {changes}", model=model, recipe=recipe)
 
 
 SHAPE_FIELDS = {
@@ -87,6 +94,19 @@ SHAPE_FIELDS = {
     "d_mlp",
 }
 """The fields that every arm of a comparison shares: flags of their own, not changes to an arm."""
+
+
+RECIPE_FIELDS: dict[str, Any] = {
+    "optimizer": OptimizerName,
+    "schedule": ScheduleName,
+    "warmup_steps": int,
+    "weight_decay": float,
+    "beta1": float,
+    "beta2": float,
+    "adam_eps": float,
+    "grad_clip": float,
+}
+"""The fields of the training config that an arm may set for itself. Its learning rate is given by --arm-lr."""
 
 
 def _parse_value(kind: Any, text: str, where: str) -> Any:

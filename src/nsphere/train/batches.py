@@ -170,16 +170,16 @@ class Batches:
         return phase, np.argsort(stream.random_raw(self.windows_per_epoch), kind="stable")
 
 
-def val_batches(split: TokenSplit, *, context: int, batch_size: int, num_batches: int | None = None) -> list[Batch]:
-    """The fixed batches that a run is evaluated on: windows without overlap, spread evenly over the split.
+def val_batches(split: TokenSplit, *, context: int, batch_size: int, num_sequences: int | None = None) -> list[Batch]:
+    """The fixed set that a run is evaluated on: windows without overlap, spread evenly over the split.
+
+    Which windows it holds does not depend on how they are batched.
 
     Args:
         split: The tokens.
         context: T.
-        batch_size: B.
-        num_batches: How many; by default, and at most, as many whole batches as the split holds. All batches
-            have B rows, so that a compiled model sees one shape; only a split with fewer than B windows gives
-            a single, smaller batch.
+        batch_size: B; the last batch may have fewer rows.
+        num_sequences: How many windows; by default, and at most, all that the split holds.
 
     Returns:
         The batches, the same on every call.
@@ -189,12 +189,10 @@ def val_batches(split: TokenSplit, *, context: int, batch_size: int, num_batches
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if num_batches is not None and num_batches < 1:
-        raise ValueError(f"num_batches must be at least 1, or None for all of the split, got {num_batches}")
+    if num_sequences is not None and num_sequences < 1:
+        raise ValueError(f"num_sequences must be at least 1, or None for all of the split, got {num_sequences}")
     num_windows = split.num_windows(context)
-    available = max(1, num_windows // batch_size)
-    num_batches = available if num_batches is None else min(num_batches, available)
-    num_rows = min(num_batches * batch_size, num_windows)
+    num_rows = num_windows if num_sequences is None else min(num_sequences, num_windows)
     starts = [row * num_windows // num_rows * context for row in range(num_rows)]
     return [_gather(split, starts[first : first + batch_size], context) for first in range(0, num_rows, batch_size)]
 

@@ -1,15 +1,18 @@
 """The configuration of a run: what defines its numbers, and how it is carried out."""
 
 import dataclasses
+import json
 import math
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nsphere.presets import PRESETS, make_config
-from nsphere.train.arms import OptimizerName, nearest, parse_arm
+from nsphere.presets import ARCHITECTURES, PRESETS, USUAL_LR, make_config
+from nsphere.train.arms import RECIPE_FIELDS, OptimizerName, ScheduleName, nearest, parse_arm
 from nsphere.train.data import DataConfig
-from nsphere.train.schedule import ScheduleName
+
+DtypeName = Literal["auto", "bfloat16", "float32"]
 
 SCHEMA_VERSION = 1
 """Of config.json; raised when a field changes its meaning."""
@@ -39,8 +42,6 @@ class TrainConfig:
     """Optimizer steps; the preset's if not given."""
     batch_size: int | None = None
     """Sequences per optimizer step; the preset's if not given."""
-    micro_batch_size: int | None = None
-    """Sequences per forward pass; gradients are accumulated over the batch. The whole batch if not given."""
     lr: float | None = None
     """Peak learning rate; the preset's, tuned for the arm, if not given."""
     optimizer: OptimizerName | None = None
@@ -61,7 +62,7 @@ class TrainConfig:
     """Adam's epsilon."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: DtypeName = "auto"
     """Products in bfloat16 (autocast) or float32; auto is bfloat16 where the hardware has it."""
     seed: int = 0
     """Of the initial weights and of the order of the data."""
@@ -69,8 +70,8 @@ class TrainConfig:
     """Start from the weights of this run folder or checkpoint; optimizer and data start anew."""
     eval_every: int | None = None
     """Steps between evaluations; a twentieth of the run if not given."""
-    eval_batches: int | None = None
-    """Batches of the fixed validation set; the preset's if not given, 0 for the whole validation split."""
+    eval_sequences: int | None = None
+    """Sequences of the fixed validation set; the preset's if not given, 0 for the whole validation split."""
 
     def shape(self) -> dict[str, int]:
         """The shape fields of the model's config, vocabulary apart: the preset's, with what the flags change."""
@@ -87,6 +88,8 @@ class TrainConfig:
 class RunOptions:
     """How a run is carried out. None of these changes what is learned, except by rounding (threads, compile)."""
 
+    micro_batch_size: int | None = None
+    """Sequences per forward pass; gradients are accumulated over the batch. The preset's if not given."""
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto: CUDA where there is one."""
     compile: bool = True
@@ -107,7 +110,7 @@ class RunOptions:
     """Write TensorBoard event files beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("threads", "checkpoint_every", "keep_checkpoints", "log_every"):
+        for name in ("micro_batch_size", "threads", "checkpoint_every", "keep_checkpoints", "log_every"):
             _at_least(name, getattr(self, name), 1)
 
 
@@ -123,41 +126,58 @@ def resolve(arm_name: str, config: TrainConfig) -> TrainConfig:
         ValueError: an unknown arm or preset, or a value that can't be.
     """
     arm = parse_arm(arm_name)
+    config = dataclasses.replace(config, **arm.recipe)
     shape = config.shape()
     preset = PRESETS[config.preset]
-    steps = config.steps if config.steps is not None else preset.steps
-    batch_size = config.batch_size if config.batch_size is not None else preset.batch_size
     is_ngpt = arm.architecture == "ngpt"
-    filled: dict[str, Any] = {
+    steps = preset.steps if config.steps is None else config.steps
+    defaults: dict[str, Any] = {
         **shape,
         "steps": steps,
-        "batch_size": batch_size,
-        "micro_batch_size": config.micro_batch_size if config.micro_batch_size is not None else batch_size,
-        "lr": config.lr if config.lr is not None else preset.lr(arm_name, config.optimizer or arm.optimizer),
-        "optimizer": config.optimizer or arm.optimizer,
-        "warmup_steps": config.warmup_steps
-        if config.warmup_steps is not None
-        else (0 if is_ngpt else min(2000, steps // 10)),
-        "weight_decay": config.weight_decay if config.weight_decay is not None else (0.0 if is_ngpt else 0.1),
-        "eval_every": config.eval_every if config.eval_every is not None else max(1, steps // 20),
-        "eval_batches": config.eval_batches if config.eval_batches is not None else preset.eval_batches,
+        "batch_size": preset.batch_size,
+        "optimizer": "adamw",
+        "warmup_steps": 0 if is_ngpt else min(2000, steps // 10),
+        "weight_decay": 0.0 if is_ngpt else 0.1,
+        "eval_every": max(1, steps // 20),
+        "eval_sequences": preset.eval_sequences,
+        "lr": usual_lr(arm_name, config)[0],
     }
+    filled = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     resolved = dataclasses.replace(config, **filled)
     _validate(resolved)
     if is_ngpt and resolved.weight_decay:
         raise ValueError(
             f"weight_decay {resolved.weight_decay} has no meaning for nGPT, whose matrices are normalised after "
-            "every step; leave it out, or give it per arm"
+            "every step; give it to the other arms alone, as gpt:weight_decay=…"
         )
     return resolved
 
 
+def usual_lr(arm_name: str, config: TrainConfig) -> tuple[float, str]:
+    """The learning rate of an arm for which none is given, and where it comes from."""
+    preset, base = PRESETS[config.preset], arm_name.partition(":")[0]
+    own = all(
+        getattr(config, name) in (None, value)
+        for name, value in {**preset.shape(), "steps": preset.steps, "batch_size": preset.batch_size}.items()
+    )
+    plain = TrainConfig(preset=config.preset)
+    changed = [f for f in RECIPE_FIELDS if getattr(config, f) != getattr(plain, f)]
+    for name in (base, base.partition("-")[0]):
+        if name in preset.tuned_lr:
+            if own and name == arm_name and not changed:
+                return preset.tuned_lr[name], f"tuned beforehand for the {config.preset} preset, see docs/demo-sweep.md"
+            return preset.tuned_lr[name], f"tuned for {name} at the {config.preset} preset's settings, not for these"
+    return USUAL_LR[parse_arm(arm_name).architecture], "a usual value, not tuned"
+
+
 def _validate(config: TrainConfig) -> None:
-    assert config.steps is not None and config.batch_size is not None and config.micro_batch_size is not None
-    for name in ("steps", "batch_size", "micro_batch_size", "eval_every"):
+    assert config.steps is not None and config.warmup_steps is not None
+    for name in ("steps", "batch_size", "eval_every"):
         _at_least(name, getattr(config, name), 1)
-    for name in ("warmup_steps", "weight_decay", "grad_clip", "adam_eps", "eval_batches", "seed"):
+    for name in ("warmup_steps", "weight_decay", "grad_clip", "adam_eps", "eval_sequences"):
         _at_least(name, getattr(config, name), 0)
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {config.seed}")
     if config.lr is None or not (config.lr > 0 and math.isfinite(config.lr)):
         raise ValueError(f"lr must be a positive number, got {config.lr}; nGPT and GPT learn at about 1e-3")
     for name in ("beta1", "beta2"):
@@ -165,11 +185,9 @@ def _validate(config: TrainConfig) -> None:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
     if not 0 < config.decay_fraction <= 1:
         raise ValueError(f"decay_fraction must be in (0, 1], got {config.decay_fraction}")
-    if config.batch_size % config.micro_batch_size:
-        raise ValueError(
-            f"batch_size {config.batch_size} is not a multiple of micro_batch_size {config.micro_batch_size}"
-        )
-    assert config.warmup_steps is not None
+    for name, kind in (("optimizer", OptimizerName), ("schedule", ScheduleName), ("dtype", DtypeName)):
+        if getattr(config, name) not in typing.get_args(kind):
+            raise ValueError(f"{name} is {getattr(config, name)!r}; choose {', '.join(typing.get_args(kind))}")
     if config.warmup_steps >= config.steps and config.steps > 1:
         raise ValueError(f"warmup_steps {config.warmup_steps} leaves nothing of {config.steps} steps; give fewer")
 
@@ -205,24 +223,41 @@ def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
     return [] if same else [f"{prefix} is {theirs!r} there, {ours!r} asked for"]
 
 
+def shown(different: list[str], most: int = 5) -> str:
+    """What differs, as one sentence."""
+    return "; ".join(different[:most]) + (f"; and {len(different) - most} more" if len(different) > most else "")
+
+
 def read_config(run: Path) -> dict[str, Any]:
     """config.json of a run folder.
 
     Raises:
         ValueError: there is none, it is broken, or from a newer version.
     """
-    import json
-
     path = run / "config.json"
     if not path.is_file():
         raise ValueError(f"{run} is not a run folder: it has no config.json; give a folder that nsphere train made")
+    broken = f"{path} is broken; restore it from a backup, or train the run again"
     try:
         content = json.loads(path.read_text())
-        version = content["schema_version"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-        raise ValueError(f"{path} is broken; restore it from a backup, or train the run again") from None
+        version = int(content["schema_version"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(broken) from None
     if version > SCHEMA_VERSION:
         raise ValueError(
             f"{path} has schema version {version}, this nsphere reads up to {SCHEMA_VERSION}; install a newer nsphere"
         )
+    sound = (
+        content.get("architecture") in ARCHITECTURES
+        and isinstance(content.get("arm"), str)
+        and all(isinstance(content.get(part), dict) for part in ("model", "train", "data"))
+    )
+    try:
+        if sound:
+            make_config(content["architecture"], **content["model"])
+            DataConfig(**content["data"])
+    except TypeError:
+        sound = False
+    if not sound:
+        raise ValueError(broken)
     return content

@@ -1,6 +1,8 @@
 """What a trained model looks like inside: condition numbers, attention logits, eigen learning rates, scales."""
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +15,10 @@ from nsphere.train.data import Batch
 _HISTOGRAM_BINS = 40
 
 
-def condition_number(weight: Tensor) -> float:
-    """Largest over smallest singular value, in fp64; inf for a singular matrix."""
+def condition_number(weight: Tensor) -> float | None:
+    """Largest over smallest singular value, in fp64; None for a singular matrix, which has none."""
     values = torch.linalg.svdvals(weight.detach().double())
-    return (values[0] / values[-1]).item()
+    return (values[0] / values[-1]).item() if values[-1] > 0 else None
 
 
 def distribution(values: Tensor) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def distribution(values: Tensor) -> dict[str, Any]:
 
 def max_attention_logits(model: Decoder, batch: Batch, max_rows: int = 8) -> list[float]:
     """Per block, the largest scale · q·k over heads and visible pairs, on the first rows of a batch."""
-    largest = [-torch.inf] * len(model.blocks)
+    largest: list[float] = [-math.inf] * len(model.blocks)
 
     def look(i: int, attention: Attention, args: tuple[Tensor, RopeTables, Tensor | None]) -> None:
         x, rope, mask = args[:3]
@@ -70,15 +72,18 @@ def _matrices(block: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def inspect_model(model: Decoder, batch: Batch) -> dict[str, Any]:
+def inspect_model(model: Decoder, batch: Batch | None) -> dict[str, Any]:
     """The numbers behind the pictures of a model; see report.py for what each means.
 
     Args:
         model: not compiled, on the batch's device, in the autocast that is on.
-        batch: validation data for the attention logits.
+        batch: validation data for the attention logits; None leaves them out.
     """
     layers = []
-    for block, max_logit in zip(model.blocks, max_attention_logits(model, batch), strict=True):
+    max_logits: Sequence[float | None] = (
+        [None] * len(model.blocks) if batch is None else max_attention_logits(model, batch)
+    )
+    for block, max_logit in zip(model.blocks, max_logits, strict=True):
         layer: dict[str, Any] = {
             "condition_numbers": {name: condition_number(weight) for name, weight in _matrices(block).items()},
             "max_attention_logit": max_logit,

@@ -9,6 +9,7 @@ RUN/config.json         what defines the numbers
     result.json         written at the end
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,15 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsphere.hypersphere import max_norm_deviation, normalize_matrices_
+from nsphere.hypersphere import max_norm_deviation, project_what_is_off_
 from nsphere.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from nsphere.train.config import RunOptions, TrainConfig, differences, read_config, record, resolve
+from nsphere.train.config import RunOptions, TrainConfig, differences, model_config, read_config, record, resolve, shown
 from nsphere.train.data import Corpus, DataConfig, load_corpus
 from nsphere.train.files import JsonlWriter, RunLock, atomic_write_json
 from nsphere.train.machine import choose_device, environment
 from nsphere.train.progress import StepProgress, duration, say
 from nsphere.train.signals import Interrupted, StopRequest
-from nsphere.train.trainer import NonFinite, Trainer, process_settings
+from nsphere.train.tokenizer import load_tokenizer
+from nsphere.train.trainer import NonFinite, Trainer, micro_batch_size, pin_dtype, process_settings
 
 CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE = (
     "config.json",
@@ -57,7 +59,8 @@ class Result:
 def data_cache() -> Path:
     """Where tokenised data is kept between runs: $NSPHERE_CACHE, or the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("NSPHERE_CACHE") or f"{base}/nsphere").expanduser()
+    folder = os.environ.get("NSPHERE_CACHE") or f"{base}/nsphere"
+    return Path(os.path.expanduser(folder))  # which, unlike Path's, leaves ~ alone where there is no home
 
 
 def check_writable(folder: Path) -> None:
@@ -66,32 +69,40 @@ def check_writable(folder: Path) -> None:
     Raises:
         ValueError: with the reason.
     """
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
+    try:
+        existing = folder
+        while not existing.exists():
+            existing = existing.parent
+    except OSError as error:
+        raise ValueError(f"{folder} can't be written: {error.strerror}; choose another folder") from None
     if not existing.is_dir():
-        raise ValueError(f"{folder} can't be written: {existing} is a file; choose another folder with --out")
+        raise ValueError(f"{folder} can't be written: {existing} is a file; choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder} can't be written: no permission in {existing}; choose another folder with --out")
+        raise ValueError(f"{folder} can't be written: no permission in {existing}; choose another folder")
 
 
-def check_run_folder(out: Path, wanted: dict[str, Any], resume: bool) -> None:
-    """Refuse to write over another run, or to continue it as something else.
+def check_run_folder(out: Path, resume: bool) -> None:
+    """Refuse to write over a run or a comparison; before the data is read.
 
     Raises:
-        ValueError: what differs, or that --resume is needed.
+        ValueError: it can't be written, or --resume is needed.
     """
     check_writable(out)
     if (out / "compare.json").exists():
         raise ValueError(f"{out} holds a comparison; choose another --out for the run")
-    if not (out / CONFIG_FILE).exists():
-        return
-    different = differences(json.loads(json.dumps(wanted)), read_config(out))
-    if different:
-        shown = "; ".join(different[:5]) + (f"; and {len(different) - 5} more" if len(different) > 5 else "")
-        raise ValueError(f"run folder {out} holds another run: {shown}. Choose another --out, or the same settings")
-    if not resume:
+    if (out / CONFIG_FILE).exists() and not resume:
         raise ValueError(f"run folder {out} exists; give --resume to continue it, or another --out")
+
+
+def check_same(out: Path, there: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
+    """Refuse to continue a run or comparison as another one.
+
+    Raises:
+        ValueError: what differs.
+    """
+    different = differences(json.loads(json.dumps(wanted)), there)
+    if different:
+        raise ValueError(f"{out} holds another {what}: {shown(different)}. Choose another --out, or remove this one")
 
 
 def read_result(out: Path) -> Result | None:
@@ -133,38 +144,53 @@ def train(
         Interrupted: a signal asked to stop; a checkpoint was saved.
         NonFinite: a loss was not finite; says which checkpoint is good.
     """
-    config = resolve(arm, config)
     device = choose_device(options.device)
+    config = pin_dtype(resolve(arm, config), device)
+    model_config(arm, config, vocab_size=1)  # a shape that can't be is refused before the data is read
+    micro_batch_size(config, options)
+    check_run_folder(out, resume)
     with process_settings(options, device):
         corpus = corpus if corpus is not None else load_corpus(data, cache_dir=data_cache())
         trainer = Trainer(arm, config, options, corpus)
         wanted = record(arm, config, data, trainer.model_config)
-        check_run_folder(out, wanted, resume)
-        if config.init_from is not None:
-            _start_from(trainer, Path(config.init_from))
+        if (out / CONFIG_FILE).exists():
+            check_same(out, read_config(out), wanted, "run")
         done = read_result(out)
         if done is not None:
             say(f"{out}: finished before, validation loss {done.final_val_loss:.4f}")
             return done
+        if config.init_from is not None and latest_checkpoint(out) is None:
+            _start_from(trainer, Path(config.init_from))
         with RunLock(out):
             return _Run(trainer, out, wanted, title or arm).go()
 
 
 def _start_from(trainer: Trainer, source: Path) -> None:
-    """Take over the weights of another run, and put them on the sphere if they are not on it."""
+    """Take over the weights of another run, which must mean there what they mean here."""
+    folder = source.parent.parent if source.parent.name == "checkpoints" else source
     checkpoint = load_checkpoint(source, expect_architecture=trainer.architecture)
+    there = read_config(folder)["model"]
+    here = dataclasses.asdict(trainer.model_config)
+    different = [line for line in differences(here, there) if not line.startswith("context ")]
+    if different:
+        raise ValueError(
+            f"--init-from {source}: the weights belong to another model: {shown(different)}. "
+            "Set the same, as flags or as ARM:field=value"
+        )
+    saved = folder / TOKENIZER_FOLDER
+    ours = trainer.corpus.tokenizer
+    if ours is not None and saved.is_dir() and load_tokenizer(saved).sha256 != ours.sha256:
+        raise ValueError(f"--init-from {source}: it was trained with another tokenizer; give --tokenizer {saved}")
     checkpoint.restore(trainer.model)
     _verify_sphere(trainer, f"weights of {source}")
 
 
 def _verify_sphere(trainer: Trainer, what: str) -> None:
     """Leave unit rows bit for bit as they are; project and say so where one is off by more than rounding."""
-    if not trainer.keeps_sphere:
-        return
     worst = max_norm_deviation(trainer.model)
     if worst is not None and worst.value > 1e-6:
-        say(f"{what}: {worst.name}[{worst.row}] was off the sphere by {worst.value:.2g}; all matrices were projected")
-        normalize_matrices_(trainer.model)
+        say(f"{what}: {worst.name}[{worst.row}] was off the sphere by {worst.value:.2g}; what was off was projected")
+        project_what_is_off_(trainer.model)
 
 
 class _Run:
@@ -188,14 +214,14 @@ class _Run:
         resumed = self._resume()
         self._record_environment()
         say(trainer.describe() + (f", resumed at step {trainer.num_steps}" if resumed else ""))
-        writer = _tensorboard(out, trainer.num_steps) if trainer.options.tensorboard else None
         every = trainer.options.log_every or max(1, self.steps // 20)
         with (
             JsonlWriter(out / METRICS_FILE, resume_step=trainer.num_steps if resumed else -1) as metrics,
             StopRequest() as stop,
             StepProgress(self.title, self.steps, every, trainer.num_steps) as progress,
+            _tensorboard(out, trainer.num_steps, trainer.options.tensorboard) as self.tensorboard,
         ):
-            self.metrics, self.tensorboard = metrics, writer
+            self.metrics = metrics
             if not resumed:
                 self._evaluate()
             while trainer.num_steps < self.steps:
@@ -230,8 +256,6 @@ class _Run:
                     raise Interrupted(
                         stop.signal, f"stopped at step {trainer.num_steps}, saved in {out}; --resume continues it"
                     )
-        if writer is not None:
-            writer.close()
         return self._finish()
 
     def _resume(self) -> bool:
@@ -240,9 +264,10 @@ class _Run:
             return False
         trainer = self.trainer
         checkpoint = load_checkpoint(self.out, expect_architecture=trainer.architecture)
-        if checkpoint.state["data_sha256"] != trainer.corpus.sha256:
+        data_sha256 = str(checkpoint.state.get("data_sha256"))
+        if data_sha256 != trainer.corpus.sha256:
             raise ValueError(
-                f"{self.out} was trained on other data (sha256 {checkpoint.state['data_sha256'][:12]}…, now "
+                f"{self.out} was trained on other data (sha256 {data_sha256[:12]}…, now "
                 f"{trainer.corpus.sha256[:12]}…), so it can't be continued; give the same data, or another --out"
             )
         checkpoint.restore(trainer.model, trainer.optimizers)
@@ -275,7 +300,9 @@ class _Run:
     def _evaluate(self) -> None:
         trainer = self.trainer
         self.val_loss = trainer.evaluate()
-        worst = max_norm_deviation(trainer.model) if trainer.keeps_sphere else None
+        if not math.isfinite(self.val_loss):
+            raise NonFinite(self._advice(f"the validation loss at step {trainer.num_steps} is {self.val_loss}"))
+        worst = max_norm_deviation(trainer.model)
         self._write(
             kind="eval",
             val_loss=self.val_loss,
@@ -285,13 +312,15 @@ class _Run:
 
     def _write(self, **numbers: Any) -> None:
         step = self.trainer.num_steps
-        self.metrics.write({"step": step, **numbers})
+        # JSON knows no NaN: a skipped step's loss is null
+        written = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+        self.metrics.write({"step": step, **written})
         if self.tensorboard is not None:
             kind = numbers.pop("kind")
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
-    def _advice(self, error: NonFinite) -> str:
+    def _advice(self, error: NonFinite | str) -> str:
         good = latest_checkpoint(self.out)
         return (
             f"{error}; the last good checkpoint is {good if good is not None else '(none yet)'}. "
@@ -331,7 +360,10 @@ class _Run:
         return result
 
 
-def _tensorboard(out: Path, step: int) -> Any:
+def _tensorboard(out: Path, step: int, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """A writer of event files that is closed however the run ends; None where none is wanted."""
+    if not wanted:
+        return contextlib.nullcontext()
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+    return contextlib.closing(SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None))

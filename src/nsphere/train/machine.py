@@ -1,67 +1,22 @@
 """What this machine can do: device, dtype, compiler; and why not, where it can't."""
 
-import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 
 import nsphere
-
-
-@dataclass(frozen=True)
-class Ability:
-    """Whether something can be done here, and the reason."""
-
-    available: bool
-    reason: str
-
-
-@cache
-def cpp_compiler() -> Ability:
-    """Whether torch.compile can build for the CPU: a C++ compiler that builds and links a trivial library."""
-    asked = os.environ.get("CXX")
-    for candidate in [asked] if asked else ["g++", "clang++", "c++"]:
-        command = shlex.split(candidate)
-        if not command or shutil.which(command[0]) is None:
-            continue
-        try:
-            built = subprocess.run(
-                [*command, "-x", "c++", "-", "-fsyntax-only"],
-                input="#include <cmath>\nint main() { return 0; }\n",
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return Ability(False, f"the C++ compiler {candidate} does not run ({error})")
-        if built.returncode == 0:
-            return Ability(True, f"C++ compiler {shutil.which(command[0])}")
-        return Ability(False, f"the C++ compiler {candidate} can't build a trivial program; is its library installed?")
-    return Ability(False, f"no C++ compiler found ({f'CXX={asked}' if asked else 'g++, clang++, c++'}); install g++")
-
-
-def can_compile(device: torch.device) -> Ability:
-    """Whether torch.compile works for this device."""
-    if device.type == "cpu":
-        return cpp_compiler()
-    try:
-        import triton
-    except ImportError:
-        return Ability(False, "triton is not installed; pip install triton")
-    return Ability(True, f"triton {triton.__version__}")
+from nsphere.ops.backend import Ability
 
 
 def has_bf16(device: torch.device) -> Ability:
     """Whether bf16 products are fast on this device: in hardware, not emulated."""
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
         return Ability(native, f"{torch.cuda.get_device_name(device)} {'has' if native else 'has no'} bf16")
     if device.type != "cpu":
         return Ability(False, f"{device.type} is trained in float32")

@@ -1,5 +1,6 @@
 """A run on disk, read back: the model, its tokenizer and what is known of it."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ class SavedRun:
     config: dict[str, Any]
     model: Decoder
     tokenizer: Tokenizer | None
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision that the run was trained in."""
+        device = self.model.rope_cos.device
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.config["train"].get("dtype") == "bfloat16")
 
 
 def load_run(path: Path, device: torch.device) -> SavedRun:

@@ -1,9 +1,8 @@
 """Learning-rate schedules: the factor on the peak rate, as a function of the step."""
 
 import math
-from typing import Literal
 
-ScheduleName = Literal["cosine", "linear", "wsd"]
+from nsphere.train.arms import ScheduleName
 
 
 def lr_factor(schedule: ScheduleName, step: int, num_steps: int, warmup_steps: int, decay_fraction: float) -> float:
@@ -19,4 +18,5 @@ def lr_factor(schedule: ScheduleName, step: int, num_steps: int, warmup_steps: i
         return 0.5 * (1 + math.cos(math.pi * progress))
     if schedule == "linear":
         return 1 - progress
+    assert schedule == "wsd", schedule
     return min(1.0, (num_steps - step) / max(1, round(decay_fraction * num_steps)))

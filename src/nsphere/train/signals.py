@@ -35,6 +35,11 @@ class StopRequest:
         outer = StopRequest._active
         return outer._received if outer is not None else self._received
 
+    @classmethod
+    def received(cls) -> int | None:
+        """The signal that the request in force has received, if any."""
+        return cls._active._received if cls._active is not None else None
+
     def __enter__(self) -> "StopRequest":
         if StopRequest._active is None and threading.current_thread() is threading.main_thread():
             StopRequest._active = self

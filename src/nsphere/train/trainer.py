@@ -1,18 +1,24 @@
 """One arm in training: model, optimizers and the step they take. No files, no printing."""
 
 import contextlib
+import dataclasses
 import math
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
-from nsphere.presets import make_model
+from nsphere.ops import backend
+from nsphere.ops.backend import Ability, can_compile
+from nsphere.presets import PRESETS, make_model
+from nsphere.qk_norm import QKNorm
 from nsphere.train.arms import parse_arm
 from nsphere.train.config import RunOptions, TrainConfig, model_config
 from nsphere.train.data import Batches, Corpus, val_batches
-from nsphere.train.machine import Ability, can_compile, choose_device, has_bf16
+from nsphere.train.machine import choose_device, has_bf16
 from nsphere.train.optimizer import clip_grad_norm, make_optimizers
 from nsphere.train.schedule import lr_factor
 
@@ -47,20 +53,21 @@ class Trainer:
     """
 
     def __init__(self, arm: str, config: TrainConfig, options: RunOptions, corpus: Corpus) -> None:
-        assert config.context is not None and config.batch_size is not None and config.micro_batch_size is not None
+        assert config.context is not None and config.batch_size is not None
         self.arm, self.config, self.options, self.corpus = arm, config, options, corpus
         self.device = choose_device(options.device)
         self.autocast_dtype = choose_dtype(config, self.device)
         self.num_steps = 0
         self.num_skipped = 0
+        self.micro_batch_size = micro_batch_size(config, options)
         self.batches = Batches(corpus.train, context=config.context, batch_size=config.batch_size, seed=config.seed)
         self.val_batches = [
             batch.to(self.device)
             for batch in val_batches(
                 corpus.val,
                 context=config.context,
-                batch_size=config.micro_batch_size,
-                num_batches=config.eval_batches or None,
+                batch_size=self.micro_batch_size,
+                num_sequences=config.eval_sequences or None,
             )
         ]
         self.model_config = model_config(arm, config, corpus.vocab_size)
@@ -68,12 +75,17 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.model = make_model(self.model_config).to(self.device)
         self.optimizers = make_optimizers(self.model, config)
-        self.compiled = options.compile and can_compile(self.device).available
+        self.compiled = options.compile and can_compile(self.device.type).available
         if self.compiled:
-            # a silent fall-back to eager would be slow and, worse, change the last bits in the middle of a run
-            torch._dynamo.config.recompile_limit = 64
-            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            try:
+                backend.choose(self.device)
+            except RuntimeError as error:  # NSPHERE_BACKEND asks for what can't run here
+                raise ValueError(str(error)) from None
             self.model.compile_parts()
+        else:
+            for module in self.model.modules():
+                if isinstance(module, QKNorm):
+                    module.backend = "reference"  # eager means eager: its op would compile itself
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The context that forward passes run in."""
@@ -96,11 +108,11 @@ class Trainer:
             NonFinite: the loss or the gradient norm is not finite, and such steps are not to be skipped.
         """
         config = self.config
-        assert config.batch_size is not None and config.micro_batch_size is not None
-        num_micro = config.batch_size // config.micro_batch_size
+        assert config.batch_size is not None
+        num_micro = config.batch_size // self.micro_batch_size
         losses: list[Tensor] = []
         for i in range(num_micro):
-            rows = slice(i * config.micro_batch_size, (i + 1) * config.micro_batch_size)
+            rows = slice(i * self.micro_batch_size, (i + 1) * self.micro_batch_size)
             batch = self.batches(self.num_steps, rows if num_micro > 1 else None).to(self.device)
             with self.autocast():
                 loss = self.model.loss(*batch)
@@ -140,11 +152,6 @@ class Trainer:
         return parse_arm(self.arm).architecture
 
     @property
-    def keeps_sphere(self) -> bool:
-        """Whether this model's matrices are kept on the sphere by the optimizer."""
-        return getattr(self.model_config, "projection", None) == "step"
-
-    @property
     def dtype_name(self) -> str:
         """What products are computed in."""
         return "float32" if self.autocast_dtype is None else "bfloat16 autocast"
@@ -157,11 +164,27 @@ class Trainer:
 
     def describe(self) -> str:
         """One line: device, dtype, compiled or why not, parameters."""
-        why = "" if self.config.dtype != "auto" else f" ({has_bf16(self.device).reason})"
+        bf16 = has_bf16(self.device).reason
         return (
-            f"{self.arm}: {self.model.num_parameters():,} parameters, {self.device}, {self.dtype_name}{why}, "
-            f"{compile_line(self.options, can_compile(self.device))}"
+            f"{self.arm}: {self.model.num_parameters():,} parameters, {self.device}, {self.dtype_name} ({bf16}), "
+            f"{compile_line(self.options, can_compile(self.device.type))}"
         )
+
+
+def micro_batch_size(config: TrainConfig, options: RunOptions) -> int:
+    """Sequences per forward pass: what is asked for, else the preset's, as far as the batch goes.
+
+    Raises:
+        ValueError: the batch is no multiple of it.
+    """
+    assert config.batch_size is not None
+    size = options.micro_batch_size or min(PRESETS[config.preset].micro_batch_size, config.batch_size)
+    if config.batch_size % size:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of micro_batch_size {size}; "
+            "give --micro-batch-size a divisor"
+        )
+    return size
 
 
 def compile_line(options: RunOptions, ability: Ability) -> str:
@@ -171,28 +194,38 @@ def compile_line(options: RunOptions, ability: Ability) -> str:
     return f"compiled ({ability.reason})" if ability.available else f"eager: {ability.reason}"
 
 
+def pin_dtype(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The config with dtype auto replaced by what this machine has: a run does not change precision on another."""
+    if config.dtype != "auto":
+        return config
+    return dataclasses.replace(config, dtype="bfloat16" if has_bf16(device).available else "float32")
+
+
 def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast, or None for plain float32."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if has_bf16(device).available else None
-    return torch.bfloat16 if config.dtype == "bfloat16" else None
+    return torch.bfloat16 if pin_dtype(config, device).dtype == "bfloat16" else None
 
 
 @contextlib.contextmanager
-def process_settings(options: RunOptions, device: torch.device):
-    """Threads and determinism for the time of a run; what was set before comes back afterwards.
+def process_settings(options: RunOptions, device: torch.device) -> Iterator[None]:
+    """Threads, determinism and the compiler's limits for the time of a run; what was set before comes back.
 
     On CPU every operation used here is deterministic for a given number of threads, the embedding's gradient by
-    construction. CUDA needs to be asked.
+    construction. CUDA needs to be asked, and cuBLAS by an environment variable, which stays.
     """
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    # a silent fall-back to eager would be slow and, worse, change the last bits in the middle of a run
+    limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
     try:
-        yield
+        with limits:
+            yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from nsphere.norms import compute_dtype
 from nsphere.ops.qk_norm_rope import reference
 from nsphere.ops.qk_norm_rope.reference import SideSpec, SideTensors
+from nsphere.rope import RopeSpec
 
 Flat = tuple[Tensor | None, ...]
 _NUM_FIELDS = len(dataclasses.fields(SideTensors))
@@ -63,35 +64,37 @@ class _Function(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(q_grad.device.type, enabled=False):
-            flat = ctx.saved_tensors[4:]
-            undo = _undo(flat, ctx.plan, compute_dtype(q_grad))
-            (dq, *q_rest), (dk, *k_rest) = _functions(ctx.plan)[1](q_grad, k_grad, undo, *ctx.saved_tensors)
+            plan, flat = ctx.plan, ctx.saved_tensors[4:]
+            undo = [
+                _undo(t, spec, head_dim, compute_dtype(q_grad), plan.compiled)
+                for t, spec, (_, head_dim) in zip(_sides(flat), plan.specs, plan.shapes, strict=True)
+            ]
+            (dq, *q_rest), (dk, *k_rest) = _functions(plan)[1](q_grad, k_grad, *undo, *ctx.saved_tensors)
         grads = (*_spread(q_rest), *_spread(k_rest))
         grads = tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, flat, strict=True))
         return dq, dk, None, *grads
 
 
-def _undo(flat: Flat, plan: Plan, dtype: torch.dtype) -> Tensor | None:
-    """`undo_factors`, which q and k have in common: made once for a pair of tables, and not for every element."""
-    for t, spec, (_, head_dim) in zip(_sides(flat), plan.specs, plan.shapes, strict=True):
-        cos, sin = t.cos, t.sin
-        if spec.rope is None or cos is None or sin is None:
-            continue
-        if spec.norm is not None and spec.norm_first and reference.from_output(spec, t):
-            # layers and steps share their tables: the factors live as long as the cosines they were made of
-            key = (spec, head_dim, dtype, plan.compiled, cos._version, sin._version)
-            known = _undo_factors.get(cos)
-            if known is None or known[0] != key or known[1]() is not sin:
-                made = _undo_function(spec, head_dim, dtype, plan.compiled)(cos, sin)
-                known = _undo_factors[cos] = key, weakref.ref(sin), made
-            return known[2]
-    return None
+def _undo(t: SideTensors, spec: SideSpec, head_dim: int, dtype: torch.dtype, compiled: bool) -> Tensor | None:
+    """`undo_factors` where the backward uses them: made once for a pair of tables, and not for every element."""
+    cos, sin = t.cos, t.sin
+    if spec.norm is None or spec.rope is None or cos is None or sin is None:
+        return None
+    if not spec.norm_first or not reference.from_output(spec, t):
+        return None
+    # q and k, layers and steps share their tables: the factors live as long as the cosines they were made of
+    key = (spec.rope, head_dim, dtype, compiled, cos._version, sin._version)
+    known = _undo_factors.get(cos)
+    if known is None or known[0] != key or known[1]() is not sin:
+        made = _undo_function(spec.rope, head_dim, dtype, compiled)(cos, sin)
+        known = _undo_factors[cos] = key, weakref.ref(sin), made
+    return known[2]
 
 
 @functools.cache
-def _undo_function(spec: SideSpec, head_dim: int, dtype: torch.dtype, compiled: bool) -> Callable[..., Any]:
-    def undo(cos: Tensor, sin: Tensor) -> Tensor | None:
-        return reference.undo_factors(SideTensors(cos=cos, sin=sin), spec, head_dim, dtype)
+def _undo_function(rope: RopeSpec, head_dim: int, dtype: torch.dtype, compiled: bool) -> Callable[..., Any]:
+    def undo(cos: Tensor, sin: Tensor) -> Tensor:
+        return reference.undo_factors(cos, sin, rope, head_dim, dtype)
 
     return _compile(undo) if compiled else undo
 
@@ -123,12 +126,12 @@ def _functions(plan: Plan) -> tuple[Callable[..., Any], Callable[..., Any]]:
         k, k_inverse = reference.forward(k, k_side, plan.specs[1])
         return q, k, q_inverse, k_inverse
 
-    def backward(q_grad: Tensor, k_grad: Tensor, undo: Tensor | None, *saved: Tensor | None) -> tuple[Flat, Flat]:
-        q_kept, k_kept, q_inverse, k_inverse, *flat = saved
+    def backward(q_grad: Tensor, k_grad: Tensor, *rest: Tensor | None) -> tuple[Flat, Flat]:
+        q_undo, k_undo, q_kept, k_kept, q_inverse, k_inverse, *flat = rest
         q_side, k_side = _sides(tuple(flat))
         return (
-            reference.backward(q_grad, q_kept, q_inverse, q_side, plan.specs[0], undo),
-            reference.backward(k_grad, k_kept, k_inverse, k_side, plan.specs[1], undo),
+            reference.backward(q_grad, q_kept, q_inverse, q_side, plan.specs[0], q_undo),
+            reference.backward(k_grad, k_kept, k_inverse, k_side, plan.specs[1], k_undo),
         )
 
     if not plan.compiled:

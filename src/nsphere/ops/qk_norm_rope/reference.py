@@ -123,8 +123,8 @@ def backward(
     if from_output(spec, t) and spec.norm_first and isinstance(spec.over, str):
         # R turns within what a statistic spans, so u · x̂ = grad · y, and one rotation takes back both terms of dx
         constant = spec.constant * norm.scale
-        if undo is None:
-            undo = undo_factors(t, spec, grad.shape[-1], wide)
+        if undo is None and rope is not None and cos is not None and sin is not None:
+            undo = undo_factors(cos, sin, rope, grad.shape[-1], wide)
         product, dims = groups(grad * saved, spec.over)
         part = (along(product, dims) / constant) * saved
         dx = turn(grad * constant - (part if undo is None else part * undo), back=True)
@@ -137,9 +137,9 @@ def backward(
     factor = broadcast(t.weight, spec, grad.shape, wide)
     if from_output(spec, t):
         standard = saved / (spec.constant * norm.scale)
-        if spec.norm_first:
-            undo = undo_factors(t, spec, grad.shape[-1], wide) if undo is None else undo
-            standard = turn(standard if undo is None else standard * undo, back=True)
+        if spec.norm_first and rope is not None and cos is not None and sin is not None:
+            undo = undo_factors(cos, sin, rope, grad.shape[-1], wide) if undo is None else undo
+            standard = turn(standard * undo, back=True)
         standard, _ = groups(standard, spec.over)
     else:
         standard, _ = groups(saved if spec.norm_first else turn(saved), spec.over)
@@ -165,16 +165,13 @@ def backward(
     return (dx if spec.norm_first else turn(dx, back=True)).to(dtype), dw, db, dm
 
 
-def undo_factors(t: SideTensors, spec: SideSpec, head_dim: int, dtype: torch.dtype) -> Tensor | None:
-    """1/(cos² + sin²) as [..., 1, D], which makes the transposed rotation the inverse one; None without RoPE.
+def undo_factors(cos: Tensor, sin: Tensor, rope: RopeSpec, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """1/(cos² + sin²) as [..., 1, D], which makes the transposed rotation the inverse one.
 
     Tables that carry a factor (YaRN's) or were rounded (to bf16) are no exact rotation.
     """
-    if spec.rope is None or t.cos is None or t.sin is None:
-        return None
-    ones = torch.ones((*t.cos.shape[:-1], 1, head_dim), dtype=dtype, device=t.cos.device)
-    there = rotate(ones, t.cos, t.sin, spec.rope, inverse=True)
-    return 1 / rotate(there, t.cos, t.sin, spec.rope)
+    ones = torch.ones((*cos.shape[:-1], 1, head_dim), dtype=dtype, device=cos.device)
+    return 1 / rotate(rotate(ones, cos, sin, rope, inverse=True), cos, sin, rope)
 
 
 def groups(x: Tensor, over: str | int | tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
