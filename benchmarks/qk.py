@@ -18,10 +18,10 @@ from pathlib import Path
 # a compilation that an earlier run left behind would make the first call look free
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
-import torch  # noqa: E402
+import torch
 
-from nsphere.qk_norm import QKNorm  # noqa: E402
-from nsphere.rope import RopeSpec  # noqa: E402
+from nsphere.qk_norm import QKNorm
+from nsphere.rope import RopeSpec
 
 BATCH, LENGTH, HEADS, KV_HEADS = 4, 1024, 16, 4
 

@@ -404,6 +404,16 @@ def test_all_lengths_share_two_compilations():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
+def test_compiled_gradients_are_the_same_from_run_to_run():
+    if reason := backends.why_not("compiled", "cpu", has_triton_kernel=False):
+        pytest.skip(reason)
+    qk = build("rms", "head", "before", ROPES["half"], eps=3e-6)
+    (q, k), grads = inputs(t=300)
+    runs = [gradients(qk, q, k, tables_for(qk.rope, 300), grads, torch.float32, "compiled") for _ in range(3)]
+    runs = [[t.clone() for t in run] for run in runs]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
 def test_many_modules_do_not_exhaust_the_compiler(monkeypatch):
     # it gives up on a code object after eight variants, so every plan needs a code object of its own
     codes = set()
