@@ -557,3 +557,16 @@ class TestInABrowser:
         clipped = tmp_path / "clipped.html"
         clipped.write_text(html.replace(">tokens trained on<", ">" + "tokens trained on " * 9 + "<"), encoding="utf-8")
         assert browser.layout(clipped, tmp_path, 1400)["charts"]["loss-tokens"][0]["clipped"]
+
+
+def test_the_recipes_are_told(tmp_path) -> None:
+    told = summaries.summary(("gpt", "ngpt"))
+    told["arms"]["gpt"] |= {"recipe": {"weight_decay": 0.1}, "model": {"d_model": 256, "qk_norm": "<b>"}}
+    told["arms"]["ngpt"] |= {"recipe": {"weight_decay": 0.0}, "model": {"d_model": 256, "s_z_init": 10.0}}
+    report.write_report(told, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    recipes = page[page.index("The recipes") :].partition("</details>")[0]
+    assert '<th scope="row">weight_decay</th><td>0.1</td><td>0</td>' in recipes
+    assert '<th scope="row">s_z_init</th><td>–</td><td>10</td>' in recipes
+    assert "&lt;b&gt;" in recipes and "<b>" not in recipes
+    assert "d_model" not in recipes

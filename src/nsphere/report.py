@@ -243,7 +243,23 @@ def _descriptions(summary: Mapping[str, Any]) -> str:
             f"<dt>{escape(styles[name].title)} <code>{escape(name)}</code></dt>"
             f"<dd>{escape((arm.get('description') or 'no description').rstrip('.'))}.{escape(source)}</dd>"
         )
-    return f'<dl class="arms">{"".join(items)}</dl>'
+    return f'<dl class="arms">{"".join(items)}</dl>' + _recipes(summary["arms"])
+
+
+def _recipes(arms: Mapping[str, Any]) -> str:
+    """What each arm was optimised with, and the fields of its model that not all arms have."""
+    recipe = {name: arm.get("recipe") or {} for name, arm in arms.items()}
+    model = {name: arm.get("model") or {} for name, arm in arms.items()}
+    # fields that every architecture has are the shape, which is the same for all and stands at the top of the page
+    own = [field for fields in model.values() for field in fields if not all(field in m for m in model.values())]
+    fields = list(dict.fromkeys([field for fields in recipe.values() for field in fields] + own))
+    lines = [(escape(f), [_setting({**model[name], **recipe[name]}.get(f, "–")) for name in arms]) for f in fields]
+    head = ["", *(escape(style.title) for style in arm_styles(arms).values())]
+    return folded("The recipes", table(head, lines)) if lines else ""
+
+
+def _setting(value: object) -> str:
+    return escape(f"{value:.4g}" if isinstance(value, float) else value)
 
 
 def _loss(summary: Mapping[str, Any], against: str) -> str:
