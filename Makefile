@@ -13,6 +13,7 @@ help:
 	@echo "make clean   remove the environment and the runs"
 
 demo: $(VENV)/.train
+	@# goes on where an interrupted demo was; `rm -r runs/demo` starts a new one
 	$(BIN)/nsphere compare --preset demo --out runs/demo --resume
 
 test: $(VENV)/.dev lint types
@@ -37,8 +38,9 @@ clean:
 
 # A stamp per level of set-up; each is made anew when what is to be installed changes.
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nsphere needs Python 3.10 or newer, found %d.%d; set PYTHON=..." % sys.version_info[:2])'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nsphere needs Python 3.10 or newer, this is %d.%d; set PYTHON=python3.11, say" % sys.version_info[:2])'
+	@# without Debian's python3-venv this leaves a half-made environment, which must not pass for one next time
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing nsphere and what it needs into $(VENV) (about a minute)"

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import needs
 import plain_models
 import pytest
 import torch
@@ -364,6 +365,7 @@ def test_runs_in_one_low_dtype(fields):
     assert (logits - exact).norm() / exact.norm() < 0.03
 
 
+@needs.compiler
 # torch.compile calls what torch itself has deprecated
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_block_is_the_eager_one():

@@ -1,5 +1,6 @@
 """The look-up and its gradient, the same bits from run to run."""
 
+import needs
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,7 @@ def test_the_operator_keeps_torchs_rules():
     torch.library.opcheck(embedding_grad, (downstream, tokens, 7), test_utils=("test_schema", "test_faketensor"))
 
 
+@needs.compiler
 @compiler_warns
 def test_compiled_gradient_is_the_eager_one_every_time():
     """With two threads and many tokens a row, where the compiler's own atomic additions differ from run to run."""
