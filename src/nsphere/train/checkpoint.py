@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nsphere.train import optimizer_state
-from nsphere.train.files import RunLock, atomic_write_text, fsync_file, fsync_folder
+from nsphere.train.files import RunLock, atomic_write_text, fsync_file, fsync_folder, sha256_of_file
 from nsphere.train.model_state import Mismatch, check_fit, live_tensors, tied_names, unwrapped
 from nsphere.train.optimizer_state import as_list
 
@@ -79,14 +79,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise _Broken(f"{path.name} is not a readable safetensors file ({error})") from error
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _own_sha256(manifest: dict[str, Any]) -> str:
     """The sha256 that a manifest states of itself."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -100,7 +92,7 @@ def _manifest_text(manifest: dict[str, Any]) -> str:
 
 def _write_manifest(folder: Path, step: int) -> None:
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
         for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
     }
     manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": files}
@@ -149,7 +141,7 @@ def _verify(folder: Path, *, hashes: bool) -> None:
                 raise _Broken(f"{name} is a pickle, which could run code when read; it was not read")
             if size != written["bytes"]:
                 raise _Broken(f"{name} has {size} bytes, {written['bytes']} were written")
-            if hashes and _sha256(path) != written["sha256"]:
+            if hashes and sha256_of_file(path) != written["sha256"]:
                 raise _Broken(f"{name} is damaged: its sha256 is not that of what was written")
         except FileNotFoundError:
             raise _Broken(f"{name} is missing") from None

@@ -6,6 +6,7 @@ Text comes from `texts.py` and becomes tokens by `tokenizer.py`, kept in a cache
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -320,8 +321,9 @@ def _checked_sha256(
     except (OSError, ValueError, KeyError, TypeError):
         pass
     sha256 = check_and_hash(splits, vocab_size)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(record, {"sha256": sha256, "files": seen})
+    with contextlib.suppress(OSError):  # without a record the next start checks again, and no more than that
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(record, {"sha256": sha256, "files": seen})
     return sha256
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -11,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from nsphere.train.files import fsync_file, fsync_folder
+from nsphere.train.files import fsync_file, fsync_folder, sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,8 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
         building.mkdir(parents=True)
     except OSError as error:
         raise ValueError(
-            f"the cache folder {folder.parent} cannot be written ({error.strerror}); choose another"
+            f"the cache folder {folder.parent} cannot be written ({error.strerror}); "
+            "choose another with the environment variable NSPHERE_CACHE"
         ) from error
     try:
         build(building)
@@ -65,15 +65,6 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
-
-
-def sha256_of_file(path: Path) -> str:
-    """The sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:
