@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from nsphere.norms import NormSpec, StatisticNorm
+from nsphere.norms import L2Clip, NormSpec, StatisticNorm
 from nsphere.qk_norm import Over, QKNorm
 from nsphere.rope import RopeSpec
 
@@ -47,6 +47,8 @@ class Family:
     """See QKNorm."""
     multiplier_dtype: Literal["float32", "input"] = "float32"
     """See QKNorm."""
+    clip: float = 0.0
+    """q and k are clipped to this L2 norm in place of a norm (norms.L2Clip), q after a weight per head."""
     times: Literal["", "sqrt(D)", "1/sqrt(D)"] = ""
     """A factor in the norm itself that depends on the width."""
     attributes: tuple[str, str] = ("q_norm", "k_norm")
@@ -115,6 +117,17 @@ _ALL: list[Family] = [
         softmax_scale="1/D",
         multiplier="tau(position) on global layers",
         note="a short convolution precedes k's norm",
+    ),
+    Family(
+        "inkling2",
+        None,
+        None,
+        v=NormSpec("rms", 1e-6, weight_cast="before"),
+        clip=22.627,
+        rope=None,
+        multiplier="tau(position) on full layers",
+        attributes=("q_l2_clip", "k_l2_clip"),
+        note="short rows pass unchanged",
     ),
     # the weight in fp32 before the rounding
     *_same(OLMO, "afmoe", "flint", note="RoPE on local layers only"),
@@ -381,7 +394,6 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 assert len(FAMILIES) == len(_ALL), "a family's name is taken twice"
 
 NOT_COVERED: dict[str, str] = {
-    "inkling2": "not a statistic that is divided by: use norms.L2Clip (q: with a weight per head; k: without)",
     "kimi_k2_qk_clip": "not in the forward pass: MuonClip rescales the projections' weights after a step",
     "megatron_qk_clip": "not in the forward pass: the projections' weights are rescaled after a step",
     "blt": "q_norm and k_norm precede the projections of a cross-attention: a norm of hidden states",
@@ -446,12 +458,14 @@ def qk_norm(
     over = family.over if over is None else over
     full = over == "full"
     head_width = over[1] - over[0] if isinstance(over, tuple) else head_dim
-    norms = []
+    norms: list[nn.Module | None] = []
     for norm, count in zip((family.q, family.k), heads, strict=True):
         if full and count is None:
             raise ValueError(f"{name} normalises all heads together; give num_heads")
         width = head_dim * count if full and count is not None else head_width
         norms.append(_norm(family, norm, width, None if full else count, eps, rounding))
+    if family.clip:
+        norms = [L2Clip(head_dim, max_norm=family.clip, num_heads=n) for n in (num_heads, None)]
     options.setdefault("multiplier_place", family.multiplier_place)
     options.setdefault("multiplier_dtype", family.multiplier_dtype)
     options.setdefault("softmax_scale", softmax_scale(family, head_dim))
@@ -494,6 +508,8 @@ def table() -> str:
         turned += "" if f.partial == 1 or f.rope is None else f", {f.partial:g} of the head"
         besides = "; ".join(filter(None, (f.multiplier, f.note)))
         norms = (_in_words(f.q), _in_words(f.k) if f.k != f.q else "as q", _in_words(f.v), _in_words(f.latent))
+        if f.clip:
+            norms = (f"L2 clip at {f.clip:g}, w per_head first", f"L2 clip at {f.clip:g}", *norms[2:])
         scale = str(f.softmax_scale)
         lines.append(f"| {f.name} | {' | '.join(norms)} | {f.over} | {turned} | {scale} | {besides} | {f.source} |")
     lines += ["", "Not covered:", ""]

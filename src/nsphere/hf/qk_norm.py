@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nsphere import families
-from nsphere.norms import StatisticNorm
+from nsphere.norms import L2Clip, StatisticNorm
 from nsphere.qk_norm import LearnedMultiplier, QKNorm
 
 # attentions whose family is not the directory they live in
@@ -95,6 +95,10 @@ def qk_norm(
         for ours, attribute in ((made.q_norm, family.attributes[0]), (made.k_norm, family.attributes[1])):
             if isinstance(ours, StatisticNorm) and ours.weight is not None:
                 _share(ours, getattr(source, attribute))
+            elif isinstance(ours, L2Clip):
+                theirs = getattr(source, attribute)
+                ours.max_norm = theirs.threshold
+                ours.weight = getattr(theirs, "scale", None)
     return made
 
 
@@ -104,6 +108,7 @@ def v_norm(source: Any, *, rounding: Literal["family", "fused"] = "family") -> n
         family_of(source), _Reader(source, getattr(source, "config", None)).head_dim(), rounding=rounding
     )
     if isinstance(made, StatisticNorm):
+        made.spec = dataclasses.replace(made.spec, eps=_eps_of(source.v_norm))
         _share(made, source.v_norm)
     return made
 
@@ -221,7 +226,7 @@ class _Reader:
         m, config = self.module, self.config
         if m is None:
             return None
-        if name == "inkling" and not m.is_sliding and config.log_scaling_n_floor is not None:
+        if name.startswith("inkling") and not m.is_sliding and config.log_scaling_n_floor is not None:
             return _log_scaling(config.log_scaling_alpha, config.log_scaling_n_floor)
         if name == "llama4_nope" and m.attn_temperature_tuning:
             return _llama4_temperature(m.attn_scale, m.floor_scale)
