@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close, error, floor
@@ -421,6 +422,35 @@ def test_many_modules_do_not_exhaust_the_compiler(monkeypatch):
     for _ in range(9):
         lean._own_compile(lambda x: x)
     assert len(codes) == 9
+
+
+@pytest.mark.parametrize("kind", ["l2", "rms"])
+def test_activation_checkpointing(kind):
+    qk = build(kind, "head", "before", ROPES["half"])
+    tables = tables_for(qk.rope)
+    results = []
+    for checkpointed in (False, True):
+        q, k = (t.requires_grad_() for t in inputs()[0])
+        if checkpointed:
+            outputs = torch.utils.checkpoint.checkpoint(qk, q, k, tables, use_reentrant=False)
+        else:
+            outputs = qk(q, k, tables)
+        torch.autograd.backward(outputs, inputs()[1])
+        results.append((q.grad, k.grad))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_gradient_and_inference_mode():
+    qk = build("rms", "head", "before", ROPES["half"])
+    (q, k), _ = inputs()
+    expected = qk(q, k, rope=tables_for(qk.rope))
+    assert expected[0].requires_grad
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            got = qk(q, k, rope=tables_for(qk.rope))
+        assert not got[0].requires_grad
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_second_derivatives_are_refused_and_the_reference_has_them():

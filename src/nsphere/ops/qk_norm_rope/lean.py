@@ -64,12 +64,13 @@ class _Function(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(q_grad.device.type, enabled=False):
-            plan, flat = ctx.plan, ctx.saved_tensors[4:]
+            plan, saved = ctx.plan, ctx.saved_tensors  # asked for once: checkpointing hands them out once
+            flat = saved[4:]
             undo = [
                 _undo(t, spec, head_dim, compute_dtype(q_grad), plan.compiled)
                 for t, spec, (_, head_dim) in zip(_sides(flat), plan.specs, plan.shapes, strict=True)
             ]
-            (dq, *q_rest), (dk, *k_rest) = _functions(plan)[1](q_grad, k_grad, *undo, *ctx.saved_tensors)
+            (dq, *q_rest), (dk, *k_rest) = _functions(plan)[1](q_grad, k_grad, *undo, *saved)
         grads = (*_spread(q_rest), *_spread(k_rest))
         grads = tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, flat, strict=True))
         return dq, dk, None, *grads
