@@ -225,7 +225,7 @@ def _table_of_arms(summary: Mapping[str, Any]) -> str:
         ("steps", each("steps", lambda v: f"{v:,}")),
         ("step time, ms (median)", [step_time(arm) for arm in arms.values()]),
         ("tokens per second", each("tokens_per_second", lambda v: f"{v:,.0f}")),
-        ("training time", each("train_seconds", _duration)),
+        ("training, wall time with compiling", each("train_seconds", _duration)),
         ("peak memory", each("peak_memory_bytes", lambda v: f"{count(v)}B")),
         ("parameters", each("num_parameters", lambda v: f"{v:,}")),
     ]
