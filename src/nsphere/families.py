@@ -6,14 +6,14 @@ of transformers' models (with a suffix where one holds several kinds of attentio
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nsphere.norms import L2Clip, NormSpec, StatisticNorm
-from nsphere.qk_norm import Over, QKNorm
+from nsphere.qk_norm import LearnedMultiplier, Over, QKNorm
 from nsphere.rope import RopeSpec
 
 
@@ -37,12 +37,16 @@ class Family:
     """The norm before or after RoPE."""
     rope: Mapping[str, Any] | None = dataclasses.field(default_factory=lambda: HF_ROPE)
     """The fields of RopeSpec beside dim; None where the family has no rotation."""
-    partial: float = 1.0
-    """The share of a head that turns, by default."""
+    partial: float | None = 1.0
+    """The share of a head that turns, by default; None where only a config knows: then rope_dim must be given."""
     softmax_scale: str | float = "1/sqrt(D)"
     """"1/sqrt(D)", "1/D", "sqrt(D)", a number, or a name of the config: then it must be given."""
     multiplier: str = ""
-    """What multiplies q besides, in words; the numbers are the config's."""
+    """What multiplies q besides, in words."""
+    factor: float | Callable[[int, int], nn.Module] | Literal["config"] | None = None
+    """The multiplier itself: a number, or (num_heads, head_dim) -> module; "config" where it must be given."""
+    k_factor: float | None = None
+    """The number that multiplies k."""
     multiplier_place: Literal["last", "before_rope"] = "last"
     """See QKNorm."""
     multiplier_dtype: Literal["float32", "input"] = "float32"
@@ -77,6 +81,22 @@ TORCH_LAYER = NormSpec("layer", 1e-5, weight="shared", bias=True, weight_cast="t
 L2 = NormSpec("l2", 1e-12, eps_place="clamp", weight_cast="torch")
 
 
+class _SquaredMultiplier(LearnedMultiplier):
+    """s² on q alone is s on both, see nsphere.ngpt.QKScale."""
+
+    def forward(self) -> Tensor:
+        """The factor [H, D], fp32."""
+        return super().forward().square()
+
+
+def _s_qk(num_heads: int, head_dim: int) -> LearnedMultiplier:
+    return _SquaredMultiplier((num_heads, head_dim), scale=(num_heads * head_dim) ** -0.5)  # stored as 1/√d_model
+
+
+def _logit_scale(num_heads: int, head_dim: int) -> LearnedMultiplier:
+    return LearnedMultiplier((num_heads, 1), 10.0, transform="exp", max=100.0)
+
+
 def _eps(spec: NormSpec, eps: float) -> NormSpec:
     return dataclasses.replace(spec, eps=eps)
 
@@ -86,7 +106,7 @@ def _same(norm: NormSpec | None, *names: str, **fields: Any) -> list[Family]:
 
 
 def _mla(*names: str, eps: float = 1e-6, **fields: Any) -> list[Family]:
-    fields = {"rope": MLA_ROPE, "softmax_scale": "config", **fields}
+    fields = {"rope": MLA_ROPE, "partial": None, "softmax_scale": "1/√D · yarn's mscale²", **fields}
     note = "q_lora and kv_lora latents are normalised; k's rotated part is shared by the heads and is not"
     return [Family(name, None, None, latent=_eps(LLAMA, eps), **{"note": note, **fields}) for name in names]
 
@@ -116,6 +136,7 @@ _ALL: list[Family] = [
         rope=None,
         softmax_scale="1/D",
         multiplier="tau(position) on global layers",
+        factor="config",
         note="a short convolution precedes k's norm",
     ),
     Family(
@@ -126,6 +147,7 @@ _ALL: list[Family] = [
         clip=22.627,
         rope=None,
         multiplier="tau(position) on full layers",
+        factor="config",
         attributes=("q_l2_clip", "k_l2_clip"),
         note="short rows pass unchanged",
     ),
@@ -145,6 +167,7 @@ _ALL: list[Family] = [
         "muse_glimmer",
         "muse_spark",
         multiplier="qk_scale_factor",
+        factor="config",
         multiplier_place="before_rope",
         attributes=("qk_norm", "qk_norm"),
     ),
@@ -158,7 +181,14 @@ _ALL: list[Family] = [
         attributes=("qk_norm", "qk_norm"),
         note='the class is called L2Norm and is RMS; layers without RoPE have no norm, see "llama4_nope"',
     ),
-    Family("llama4_nope", None, None, rope=None, multiplier="1 + attn_scale·log1p(⌊(position + 1)/floor_scale⌋)"),
+    Family(
+        "llama4_nope",
+        None,
+        None,
+        rope=None,
+        multiplier="1 + attn_scale·log1p(⌊(position + 1)/floor_scale⌋)",
+        factor="config",
+    ),
     *_same(BARE, "nanochat", place="after", rope={**HF_ROPE, "sign": -1}),
     # after RoPE
     *_same(
@@ -182,7 +212,14 @@ _ALL: list[Family] = [
         attributes=("q_layer_norm", "k_layer_norm"),
         note="the cache holds k before its norm",
     ),
-    *_same(LLAMA, "timesfm2_5", place="after", softmax_scale=1.0, multiplier="softplus(scaling)·log2(e)/√D per dim"),
+    *_same(
+        LLAMA,
+        "timesfm2_5",
+        place="after",
+        softmax_scale=1.0,
+        multiplier="softplus(scaling)·log2(e)/√D per dim",
+        factor="config",
+    ),
     # over all heads together
     *_same(_eps(OLMO, 1e-5), "olmo2", "olmo3", over="full", rope=FP32_ROPE),
     *_same(OLMO, "flex_olmo", "olmo_hybrid", over="full", rope=FP32_ROPE),
@@ -222,6 +259,7 @@ _ALL: list[Family] = [
         rope=None,
         softmax_scale=1.0,
         multiplier="exp(min(s, log 100)) per head, s starts at log 10",
+        factor=_logit_scale,
     ),
     *_same(L2, "yoso", rope=None, note="when training, or with use_expectation"),
     *_same(L2, "swiftformer", rope=None, over="full", note="additive attention: no softmax over q·k"),
@@ -245,19 +283,25 @@ _ALL: list[Family] = [
     # multi-head latent attention
     *_mla("deepseek_v3", "glm4_moe_lite", "youtu", "axk1", "axk2", "deepseek_v32", "glm_moe_dsa"),
     *_mla("bailing_hybrid", note="the kv latent is normalised; q has none"),
-    *_mla("mistral4", multiplier="1 + beta·log(1 + ⌊position/original_length⌋)", multiplier_dtype="input"),
-    *_mla("longcat_flash", multiplier="√(hidden/q_lora)", multiplier_place="before_rope"),
+    *_mla(
+        "mistral4",
+        multiplier="1 + beta·log(1 + ⌊position/original_length⌋)",
+        factor="config",
+        multiplier_dtype="input",
+    ),
+    *_mla("longcat_flash", multiplier="√(hidden/q_lora)", factor="config", multiplier_place="before_rope"),
     *_mla("deepseek_v2", rope={**FP32_ROPE, **PAIRS, "where": "trailing"}),
     *_mla("minicpm3", "hy_v4", rope={**HF_ROPE, "where": "trailing"}),
     *_mla("kimi_linear", rope=None),
     *_mla("glm5_next", eps=1e-5, rope=None),
-    *_mla("mistral_large4", eps=1e-5, multiplier="scale·log(position + 1) + bias per head"),
+    *_mla("mistral_large4", eps=1e-5, multiplier="scale·log(position + 1) + bias per head", factor="config"),
     Family(
         "dots3_note",
         None,
         _eps(LLAMA, 1e-5),
         latent=_eps(LLAMA, 1e-5),
         rope=MLA_ROPE,
+        partial=None,
         attributes=("", "k_rope_only_layernorm"),
         note="k's norm spans its rotated part alone; latents times √(hidden/rank)",
     ),
@@ -267,6 +311,7 @@ _ALL: list[Family] = [
         OLMO,
         latent=OLMO,
         rope={**FP32_ROPE, **PAIRS, "where": "trailing"},
+        partial=None,
         attributes=("q_b_norm", "kv_norm"),
         note="one head of k, which is v too",
     ),
@@ -278,6 +323,7 @@ _ALL: list[Family] = [
         rope={},
         softmax_scale="sqrt(D)",
         multiplier="s_qk² [H, D] on q (or s_qk on both)",
+        factor=_s_qk,
         source="arXiv 2410.01131",
     ),
     *_same(
@@ -285,7 +331,8 @@ _ALL: list[Family] = [
         "henry2020",
         rope=None,
         softmax_scale=1.0,
-        multiplier="one learned scalar, log2(L² - L) at first",
+        multiplier="one learned scalar, log2(L² - L) at first, L the length",
+        factor="config",
         source="arXiv 2010.04245",
     ),
     *_same(
@@ -341,7 +388,7 @@ _ALL: list[Family] = [
     *_same(
         LLAMA,
         "diffusers_rms_norm",
-        source="diffusers (SD 3.5, HunyuanVideo, Qwen-Image)",
+        source="diffusers (HunyuanVideo, Qwen-Image)",
         rope={**FP32_ROPE, **PAIRS},
         note="the text stream has its own pair, norm_added_q and norm_added_k",
     ),
@@ -349,7 +396,7 @@ _ALL: list[Family] = [
         LLAMA,
         "diffusers_rms_norm_across_heads",
         over="full",
-        source="diffusers (Wan, LTX)",
+        source="diffusers",
         rope={**FP32_ROPE, **PAIRS},
     ),
     *_same(L2, "diffusers_l2", source="diffusers", rope=None),
@@ -361,6 +408,46 @@ _ALL: list[Family] = [
         rope={**FP32_ROPE, **PAIRS},
     ),
     *_same(OLMO, "mochi", source="diffusers", rope={**FP32_ROPE, **PAIRS}),
+    *_same(
+        NormSpec("layer", 1e-6, weight="shared", bias=True, weight_cast="torch"),
+        "cogvideox",
+        "hunyuan_dit",
+        source="diffusers",
+        rope={**FP32_ROPE, **PAIRS},
+        note="text tokens do not turn; nor do cross keys",
+    ),
+    *_same(
+        NormSpec("layer", 1e-5, weight_cast="torch"),
+        "cogview4",
+        source="diffusers",
+        rope=FP32_ROPE,
+        note="text tokens do not turn",
+    ),
+    *_same(_eps(LLAMA, 1e-5), "cosmos", source="diffusers", rope=FP32_ROPE, note="cross keys do not turn"),
+    *_same(
+        LLAMA,
+        "sd3_5",
+        source="diffusers",
+        rope=None,
+        note="the text stream has its own pair, norm_added_q and norm_added_k",
+    ),
+    *_same(_eps(LLAMA, 1e-5), "lumina2", "z_image", source="diffusers", rope={**FP32_ROPE, **PAIRS}),
+    *_same(
+        NormSpec("rms", 1e-6, weight="shared", weight_cast="torch"),
+        "wan",
+        over="full",
+        source="diffusers",
+        rope={**FP32_ROPE, **PAIRS},
+        note="image to video normalises the image's keys too, norm_added_k",
+    ),
+    *_same(
+        NormSpec("rms", 1e-5, weight="shared", weight_cast="torch"),
+        "ltx",
+        over="full",
+        source="diffusers",
+        rope=None,
+        note="rotate outside, before the heads are split: its angles differ from head to head",
+    ),
     *_same(
         TORCH_LAYER,
         "mpt_qk_ln",
@@ -385,6 +472,8 @@ _ALL: list[Family] = [
         place="after",
         rope={**HF_ROPE, "sign": -1},
         multiplier="1.2 on q and k",
+        factor=1.2,
+        k_factor=1.2,
         source="nanochat",
     ),
     *_same(L2, "x_transformers", softmax_scale=10.0, source="x-transformers", note="optional groups, weight [H, 1, D]"),
@@ -393,17 +482,27 @@ _ALL: list[Family] = [
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 assert len(FAMILIES) == len(_ALL), "a family's name is taken twice"
 
+_BEFORE = "its norms precede the projections"
+_OUTPUT = "its norm is of the attention's output"
+_LOGITS = "it acts on the logits, not on q and k"
+_HIDDEN = "a norm of hidden states before a projection"
+_INDEXER = "LayerNorm of the indexer's k: a plain norm, `LayerNorm(dim)`"
+
 NOT_COVERED: dict[str, str] = {
     "kimi_k2_qk_clip": "not in the forward pass: MuonClip rescales the projections' weights after a step",
     "megatron_qk_clip": "not in the forward pass: the projections' weights are rescaled after a step",
     "blt": "q_norm and k_norm precede the projections of a cross-attention: a norm of hidden states",
-    "aria, evolla, perceiver, efficientloftr, pvt, segformer, glpn": "norms before the projections",
-    "levit, cvt": "BatchNorm inside the projections",
-    "diffllama, bitnet, kosmos2, minimax, muse_spark o_norm, timm scale_norm": "norms of the attention's output",
-    "deepseek_v32, glm_moe_dsa, hy_v4 indexer": "LayerNorm of the indexer's k: a plain norm, `LayerNorm(dim)`",
-    "mistral_large4 q_input_norm, inkling2 q/k_input_layernorm": "norms of hidden states before a projection",
-    "gemma2, cohere logit_scale, CLIP logit_scale, sinks": "act on the logits, not on q and k",
+    **dict.fromkeys(("aria", "evolla", "perceiver", "efficientloftr", "pvt", "segformer", "glpn"), _BEFORE),
+    **dict.fromkeys(("levit", "cvt"), "BatchNorm inside the projections"),
+    **dict.fromkeys(("diffllama", "bitnet", "kosmos2", "minimax", "muse_spark_o_norm", "timm_scale_norm"), _OUTPUT),
+    **dict.fromkeys(("deepseek_v32_indexer", "glm_moe_dsa_indexer", "hy_v4_indexer"), _INDEXER),
+    **dict.fromkeys(
+        ("mistral_large4_q_input_norm", "inkling2_q_input_layernorm", "inkling2_k_input_layernorm"), _HIDDEN
+    ),
+    "qwen4_exp_ple": "norm_query and norm_key belong to the gate of its per-layer embeddings, not to its attention",
+    **dict.fromkeys(("gemma2", "cohere_logit_scale", "clip", "gpt_oss"), _LOGITS),
 }
+assert not NOT_COVERED.keys() & FAMILIES.keys(), "a family is listed as not covered too"
 
 
 def get(name: str) -> Family:
@@ -448,7 +547,8 @@ def qk_norm(
         **options: further arguments of QKNorm: multiplier, softmax_scale, layout.
 
     Raises:
-        ValueError: for an unknown family, or one whose scale the config must give.
+        ValueError: for an unknown family; for a multiplier, rope_dim or softmax_scale that only a config can give
+            and that was not given.
     """
     family = get(name)
     if rounding not in ("family", "fused"):
@@ -468,7 +568,10 @@ def qk_norm(
         norms = [L2Clip(head_dim, max_norm=family.clip, num_heads=n) for n in (num_heads, None)]
     options.setdefault("multiplier_place", family.multiplier_place)
     options.setdefault("multiplier_dtype", family.multiplier_dtype)
-    options.setdefault("softmax_scale", softmax_scale(family, head_dim))
+    if "softmax_scale" not in options:
+        options["softmax_scale"] = softmax_scale(family, head_dim)
+    if "multiplier" not in options:
+        options = {**_factors(family, num_heads, head_dim), **options}
     return QKNorm(
         norms[0],
         # None is "as q" to QKNorm, so a family that normalises one side alone says so with an identity
@@ -505,7 +608,8 @@ def table() -> str:
     ]
     for f in FAMILIES.values():
         turned = "none" if f.rope is None else f"{f.rope.get('layout', 'half')}, norm {f.place}"
-        turned += "" if f.partial == 1 or f.rope is None else f", {f.partial:g} of the head"
+        if f.rope is not None and f.partial != 1:
+            turned += ", part of the head" if f.partial is None else f", {f.partial:g} of the head"
         besides = "; ".join(filter(None, (f.multiplier, f.note)))
         norms = (_in_words(f.q), _in_words(f.k) if f.k != f.q else "as q", _in_words(f.v), _in_words(f.latent))
         if f.clip:
@@ -547,13 +651,40 @@ def _rope_spec(family: Family, head_dim: int, rope_dim: int | None, base: float,
     fields = dict(family.rope)
     if rounding == "fused":
         fields = {k: v for k, v in fields.items() if k not in ("compute_dtype", "table_dtype")}
-    return RopeSpec(rope_dim if rope_dim is not None else int(head_dim * family.partial), base, **fields)
+    if rope_dim is None:
+        if family.partial is None:
+            raise ValueError(f"how many dims of a head {family.name} turns is its config's; give rope_dim=")
+        rope_dim = int(head_dim * family.partial)
+    return RopeSpec(rope_dim, base, **fields)
 
 
 def softmax_scale(family: Family, head_dim: int) -> Any:
-    """The family's softmax scale for heads of this width, as QKNorm takes it."""
+    """The family's softmax scale for heads of this width, as QKNorm takes it.
+
+    Raises:
+        ValueError: where only a config knows it.
+    """
     scale = family.softmax_scale
     if not isinstance(scale, str):
         return scale
-    # a scale that the config names is 1/√D until it is given
-    return {"1/D": 1 / head_dim, "sqrt(D)": head_dim**0.5}.get(scale, "rsqrt")
+    known = {"1/sqrt(D)": "rsqrt", "1/D": 1 / head_dim, "sqrt(D)": head_dim**0.5}
+    if scale not in known:
+        raise ValueError(
+            f"{family.name}'s softmax scale comes from its config ({scale}); give softmax_scale=, a number or "
+            '"rsqrt" for 1/√D'
+        )
+    return known[scale]
+
+
+def _factors(family: Family, num_heads: int | None, head_dim: int) -> dict[str, Any]:
+    """The family's own multipliers, as arguments of QKNorm."""
+    if family.factor == "config":
+        raise ValueError(
+            f"{family.name} multiplies q by {family.multiplier}, which its config or module tells; give multiplier=, "
+            "None for none"
+        )
+    if callable(family.factor):
+        if num_heads is None:
+            raise ValueError(f"{family.name} learns a multiplier for each head; give num_heads")
+        return {"multiplier": family.factor(num_heads, head_dim)}
+    return {"multiplier": family.factor, "k_multiplier": family.k_factor}
