@@ -49,7 +49,7 @@ def assert_refused(result: tuple[int, str, str], message: str) -> None:
         (["--lr", "0"], "lr must be a positive number, got 0.0"),
         (["--lr", "-1e-3"], "lr must be a positive number, got -0.001"),
         (["--lr", "fast"], "--lr.*'fast'"),
-        (["--stepz", "3"], "--stepz"),
+        (["--stepz", "3"], r"--stepz.*did you mean --steps"),
         (["--d-model", "33"], "d_model 33 is not divisible by num_heads 2"),
         (["--head-dim", "7"], "head_dim 7 is odd"),
         (["--device", "cuda:99"], "cuda:99 is not on this machine|unknown device"),

@@ -7,6 +7,7 @@ import plain_models
 import pytest
 import torch
 
+from nsphere import norms
 from nsphere.gpt import GPT, GPTConfig
 from nsphere.hypersphere import sphere_matrices
 
@@ -137,3 +138,17 @@ class TestLifeOfAModel:
         fresh.load_state_dict(model.state_dict())
         tokens, _ = batch()
         assert torch.equal(model(tokens), fresh(tokens))
+
+
+def test_a_registered_norm_that_needs_the_number_of_heads(monkeypatch):
+    monkeypatch.setattr(norms, "_NORMS", dict(norms._NORMS))
+
+    @norms.register_norm("by_head")
+    class ByHead(norms.RMSNorm):
+        def __init__(self, dim, num_heads):
+            super().__init__(dim, weight="per_head", num_heads=num_heads)
+
+    model = make(qk_norm="by_head")
+    shape = (SHAPE["num_heads"], SHAPE["d_model"] // SHAPE["num_heads"])
+    assert model.blocks[0].attn.qk_norm.q_norm.weight.shape == shape
+    assert model(batch()[0]).isfinite().all()

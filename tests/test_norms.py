@@ -26,18 +26,25 @@ def test_against_torch(dtype):
     pairs = [
         (L2Norm(D, eps=1e-12, eps_place="clamp"), lambda x: F.normalize(x, dim=-1)),
         (RMSNorm(D, eps=1e-6), lambda x: F.rms_norm(x, (D,), eps=1e-6)),
-        (RMSNorm(D, eps=None), lambda x: F.rms_norm(x, (D,))),
         (LayerNorm(D), lambda x: F.layer_norm(x, (D,))),
     ]
     for norm, plain in pairs:
         y = norm(x)
         assert y.dtype == dtype
-        truth = norm.double()(x.double()) if norm.spec.eps is None else plain(x.double())
-        if norm.spec.eps is not None:
-            assert_close(y, truth, plain(x), type(norm).__name__)
-        else:  # eps goes by the input's dtype
-            expected = x.double() * (x.double().pow(2).mean(-1, keepdim=True) + torch.finfo(dtype).eps).rsqrt()
-            assert_close(y, expected, plain(x))
+        assert_close(y, plain(x.double()), plain(x), type(norm).__name__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_no_eps_is_that_of_the_dtype_or_torchs_own(dtype):
+    x = (torch.randn(5, H, D) * 0.05).to(dtype)  # short rows, where eps matters
+    plain = F.rms_norm(x, (D,))
+    for weight in ("none", "shared", "per_head", "scalar_per_head"):
+        assert torch.equal(RMSNorm(D, eps=None, weight=weight, num_heads=H, weight_cast="torch")(x), plain)
+    mean = x.double().pow(2).mean(-1, keepdim=True)
+    expected = x.double() * (mean + torch.finfo(dtype).eps).rsqrt()
+    assert_close(RMSNorm(D, eps=None)(x), expected)
+    if dtype in (torch.bfloat16, torch.float16):  # torch computes these in fp32, and takes the eps of that
+        assert not torch.equal(RMSNorm(D, eps=None)(x), plain)
 
 
 @pytest.mark.parametrize("cast", ["before", "after", "input", "torch", "fused"])
@@ -155,6 +162,38 @@ def test_zero_rows_are_safe():
     assert torch.isfinite(L2Norm(D, weight_cast="torch")(torch.zeros(2, D))).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zero_rows_are_safe_in_torchs_own_functions(dtype):
+    for norm in (
+        RMSNorm(D, eps=0.0, weight_cast="torch"),
+        RMSNorm(D, eps=0.0, weight="scalar", weight_cast="torch"),
+        LayerNorm(D, eps=0.0, weight_cast="torch"),
+        LayerNorm(D, eps=0.0, weight_cast="after"),
+    ):
+        x = torch.randn(3, D).to(dtype)
+        x[1] = 0.0 if isinstance(norm, RMSNorm) else 3.0  # LayerNorm: a row without variance
+        x.requires_grad_()
+        y = norm(x)
+        y.sum().backward()
+        assert y[1].abs().max() == 0 and x.grad[1].abs().max() == 0
+        assert x.grad.isfinite().all() and norm.weight.grad.isfinite().all()
+        plain = F.rms_norm(x, (D,), eps=0.0) if isinstance(norm, RMSNorm) else F.layer_norm(x, (D,), eps=0.0)
+        assert torch.equal(y[0], plain[0]) and torch.equal(y[2], plain[2])
+
+
+@pytest.mark.parametrize("weight", ["shared", "per_head", "scalar"])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_the_scale_leaves_the_bias_alone(kind, weight):
+    options = {"weight": weight, "bias": True, "scale": 3.0, "eps": 1e-5, "num_heads": H}
+    norm = make_norm(kind, D, weight_cast="torch", **options)
+    fused = make_norm(kind, D, **options)
+    for p, q in zip(norm.parameters(), fused.parameters(), strict=True):
+        nn.init.normal_(p)
+        q.data.copy_(p)
+    x = torch.randn(2, H, D)
+    torch.testing.assert_close(norm(x), fused(x))
+
+
 def test_l2_clip():
     x = torch.randn(4, D) * torch.tensor([[0.01], [0.5], [2.0], [100.0]])
     y = L2Clip(D, max_norm=3.0)(x)
@@ -191,6 +230,18 @@ def test_registering(registry):
         register_norm("rms")
     with pytest.raises(TypeError, match="give an nn.Module class or a function"):
         register_norm("nothing")(3)
+    with pytest.raises(ValueError, match="the norm name 'none' stands for no norm"):
+        register_norm("none")
+
+
+def test_registering_a_partial(registry):
+    from functools import partial
+
+    register_norm("loose")(partial(RMSNorm, eps=0.1))
+    made = make_norm("loose", D)
+    assert isinstance(made, RMSNorm) and made.spec.eps == 0.1
+    x = torch.randn(2, D)
+    assert torch.equal(made(x), RMSNorm(D, eps=0.1)(x))
 
 
 def test_ways_to_ask_for_a_norm():
@@ -214,6 +265,7 @@ def test_ways_to_ask_for_a_norm():
         (lambda: RMSNorm(0), "got dim=0"),
         (lambda: RMSNorm(D, weight="per_head"), "without num_heads"),
         (lambda: RMSNorm(D, weight="each"), "got weight='each'; choose from 'none', 'shared'"),
+        (lambda: norms.StatisticNorm(D, norms.NormSpec("l1", 0.0)), "got statistic='l1'; choose from 'l2', 'rms'"),
         (lambda: RMSNorm(D, weight_cast="late"), "got weight_cast='late'"),
         (lambda: RMSNorm(D, eps=-1.0), "got eps=-1.0"),
         (lambda: RMSNorm(D, weight="none", bias=True), 'got bias=True with weight="none"'),

@@ -26,6 +26,8 @@ def qk_pair(dtype=torch.float32):
 def make(kind="rms", **options):
     torch.manual_seed(0)
     options = {"head_dim": D, "num_heads": H, "num_kv_heads": HKV, "rope": ROPE, **options}
+    if kind == "l2" and options.get("over", "head") != "head":  # no scale of its own
+        options.setdefault("softmax_scale", "rsqrt")
     qk = QKNorm(kind, **options)
     for p in qk.parameters():
         nn.init.normal_(p, 1.0, 0.3)
@@ -89,7 +91,7 @@ def test_grouped_queries_and_one_key_head():
 
 
 def test_norms_for_q_and_k():
-    qk = QKNorm(L2Norm, RMSNorm, head_dim=D)
+    qk = QKNorm(L2Norm, RMSNorm, head_dim=D, softmax_scale=1.0)
     assert isinstance(qk.q_norm, L2Norm) and isinstance(qk.k_norm, RMSNorm)
     own = RMSNorm(D)
     qk = QKNorm(own, head_dim=D)
@@ -134,7 +136,120 @@ def test_a_registered_norm_works_by_name(monkeypatch):
     assert torch.equal(got[0], q / 2) and torch.equal(got[1], k / 2)
 
 
+def test_what_a_subclass_adds_is_not_lost():
+    class Doubled(RMSNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Squared(RMSNorm):
+        def factor(self, dtype=None):
+            return super().factor(dtype) ** 2
+
+    q, k = qk_pair()
+    plain = make(rope=None)
+    for kind, factor in ((Doubled, 2.0), (Squared, plain.q_norm.weight.detach())):
+        qk = make(kind, rope=None)
+        torch.testing.assert_close(qk(q, k)[0], plain(q, k)[0] * factor)
+    assert QKNorm(Doubled, head_dim=D).logit_bound() is None
+    assert QKNorm(RMSNorm, head_dim=D).logit_bound() is not None
+
+
+def test_hooks_of_a_norm_are_called():
+    q, k = qk_pair()
+    qk = make(rope=None)
+    expected, k_expected = qk(q, k)
+    seen = []
+    handle = qk.q_norm.register_forward_hook(lambda module, args, y: seen.append(args[0].shape) or 3 * y)
+    got, k_got = qk(q, k)
+    assert seen == [q.shape]
+    torch.testing.assert_close(got, 3 * expected)
+    torch.testing.assert_close(k_got, k_expected)
+    assert qk.logit_bound() is None
+    handle.remove()
+    assert torch.equal(qk(q, k)[0], expected)
+
+
+def test_norms_and_multipliers_may_be_replaced():
+    q, k = qk_pair()
+    qk = make(rope=None)
+    before = qk(q, k)[0]
+    qk.multiplier = 3.0
+    torch.testing.assert_close(qk(q, k)[0], 3 * before)
+    qk.q_norm = L2Norm(D)
+    torch.testing.assert_close(qk(q, k)[0], 3 * F.normalize(q, dim=-1))
+
+
+def test_an_identity_beside_a_norm_keeps_the_op_whole(monkeypatch):
+    import nsphere.qk_norm as module
+
+    calls = []
+    whole = module.qk_norm_rope
+    monkeypatch.setattr(module, "qk_norm_rope", lambda *a, **b: calls.append(1) or whole(*a, **b))
+    q, k = qk_pair()
+    got = QKNorm(RMSNorm, nn.Identity(), head_dim=D)(q, k)
+    assert calls and torch.equal(got[1], k)
+    torch.testing.assert_close(got[0], F.rms_norm(q, (D,), eps=1e-6))
+
+
+@pytest.mark.parametrize("rope", [None, ROPE])
+def test_outputs_keep_the_dtype_whatever_a_norm_returns(rope, tables):
+    class Wide(nn.Module):
+        def forward(self, x):
+            return x.float() / 3
+
+    q, k = qk_pair(torch.bfloat16)
+    for place in ("before", "after"):
+        got = QKNorm(Wide(), head_dim=D, rope=rope, place=place)(q, k, tables if rope else None)
+        for x, y in zip((q, k), got, strict=True):
+            assert y.dtype == torch.bfloat16
+            if rope is None:
+                assert torch.equal(y, (x.float() / 3).bfloat16())
+
+
 # multipliers
+
+
+@pytest.mark.parametrize("cast", ["fused", "after"])
+def test_parameters_and_tensors_are_multipliers(cast):
+    q, k = qk_pair()
+    plain, k_plain = make("layer", weight="none", rope=None, weight_cast=cast)(q, k)
+    scale = torch.rand(H, D) + 0.5
+    qk = make(
+        "layer",
+        weight="none",
+        rope=None,
+        weight_cast=cast,
+        multiplier=nn.Parameter(scale.clone()),
+        k_multiplier=torch.tensor(2.0),
+    )
+    qk.multiplier.data.copy_(scale)
+    got, k_got = qk(q, k)
+    torch.testing.assert_close(got, plain * scale)
+    torch.testing.assert_close(k_got, 2 * k_plain)
+    assert {"multiplier", "k_multiplier"} <= set(qk.state_dict())
+    got.sum().backward()
+    torch.testing.assert_close(qk.multiplier.grad, plain.sum((0, 1)).detach(), rtol=1e-5, atol=1e-5)
+    bound = make("layer", weight="none", rope=None, weight_cast=cast).logit_bound()
+    assert qk.logit_bound() == pytest.approx(2 * bound * scale.max().item())
+
+
+def test_multipliers_that_do_not_fit():
+    q, k = qk_pair()
+    for wrong in ("3", [1.0, 2.0]):
+        with pytest.raises(TypeError, match="give a number, a tensor, an nn.Module or a function"):
+            QKNorm("rms", head_dim=D, multiplier=wrong)
+    one_head = q[:, :, :1]
+    qk = QKNorm("rms", head_dim=D)
+    for cast in ("fused", "after"):
+        qk = QKNorm("rms", head_dim=D, weight_cast=cast)
+        with pytest.raises(ValueError, match=r"the multiplier of q is \(4, 1\) and q is \(2, 5, 1, 16\)"):
+            qk(one_head, k, multiplier=torch.ones(H, 1))
+        with pytest.raises(ValueError, match="the multiplier of k is"):
+            qk(q, k, k_multiplier=torch.ones(1, B, T, HKV, D))
+        with pytest.raises(ValueError, match="q is on cpu and its multiplier on meta"):
+            qk(q, k, multiplier=torch.ones(H, 1, device="meta"))
+        with pytest.raises(TypeError, match="the multiplier of q is of float; give a tensor"):
+            qk(q, k, multiplier=2.0)
 
 
 def test_multipliers_of_every_kind(tables):
@@ -190,6 +305,14 @@ def test_learned_multipliers_start_where_asked():
     clamped = LearnedMultiplier((), 10.0, transform="exp", max=100.0)
     clamped.weight.data.fill_(9.0)
     torch.testing.assert_close(clamped(), torch.tensor(100.0))
+    assert LearnedMultiplier((), 1.5, transform="exp").double()().dtype == torch.float64
+    assert LearnedMultiplier((), 1.5).bfloat16()().dtype == torch.float32
+    with pytest.raises(ValueError, match='got scale=2.0 with softplus; scale is for "identity"'):
+        LearnedMultiplier((), 1.5, scale=2.0, transform="softplus")
+    with pytest.raises(ValueError, match='got max=3.0 with identity; max is for "exp"'):
+        LearnedMultiplier((), 1.5, max=3.0)
+    with pytest.raises(ValueError, match="got init=10.0 above max=5.0"):
+        LearnedMultiplier((), 10.0, transform="exp", max=5.0)
     scaled = LearnedMultiplier((D,), 1.0, scale=D**-0.5)
     torch.testing.assert_close(scaled.weight, torch.full((D,), D**-0.5))
     torch.testing.assert_close(scaled(), torch.ones(D))
@@ -240,6 +363,10 @@ def test_softmax_scale_belongs_to_the_norm():
         warnings.simplefilter("error")
         QKNorm("l2", head_dim=64, softmax_scale=1 / 8, multiplier=LearnedMultiplier((), 64.0))
         QKNorm("rms", head_dim=64, softmax_scale=1 / 8)
+    for q, k, over in (("l2", "rms", "head"), ("rms", "l2", "head"), (None, "l2", "head"), ("l2", "l2", "full")):
+        with pytest.warns(UserWarning, match="give softmax_scale="):
+            qk = QKNorm(q, k, head_dim=64, over=over, num_heads=2)
+        assert qk.softmax_scale == pytest.approx(1 / 8)
     with pytest.raises(ValueError, match='softmax_scale is a number, None or "rsqrt"'):
         QKNorm("l2", head_dim=64, softmax_scale="sqrt")
 
@@ -397,6 +524,10 @@ def test_copies_state_dicts_and_meta(options, tables):
 # errors
 
 
+def with_tables(cos, sin):
+    return make()(*qk_pair(), rope=(cos, sin))
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -450,6 +581,35 @@ def test_copies_state_dicts_and_meta(options, tables):
             "q is on cpu and the RoPE tables on meta; move the tables",
         ),
         (lambda: RopeSpec(5), "dims turn in pairs"),
+        (lambda: QKNorm(RMSNorm(D), head_dim=D, eps=1e-2, layuot="x"), "got eps, layuot for norms that are built"),
+        (lambda: QKNorm("rms", RMSNorm(D), head_dim=D, eps=1e-2), "got eps for norms that are built already"),
+        (lambda: QKNorm(None, head_dim=D, eps=1e-2), "got eps for norms that are built already or absent"),
+        (
+            lambda: QKNorm("rms", head_dim=D, multiplier=2.0, place="after", multiplier_place="before_rope"),
+            "lets the norm undo the multiplier",
+        ),
+        (lambda: QKNorm("rms", head_dim=D, weight_cast="after", backend="fast"), "unknown backend 'fast'"),
+        (lambda: make(rope=None)(torch.zeros(B, T, H, D), None), "got k of NoneType; give a tensor"),
+        (
+            lambda: make(rope=None)(torch.zeros(B, T, H, D), torch.zeros(B, T, HKV, D).double()),
+            "got q of torch.float32 on cpu and k of torch.float64 on cpu; give both the same",
+        ),
+        (
+            lambda: make(over=(2, 10), weight="per_head")(
+                torch.zeros(B, T, 1, D), torch.zeros(B, T, HKV, D), rope=ROPE.tables(T)
+            ),
+            "built for 4 heads of q and got 1",
+        ),
+        *(
+            (lambda shape=shape, sin=sin: with_tables(torch.zeros(shape), torch.zeros(sin or shape)), message)
+            for shape, sin, message in (
+                ((1, D // 2), None, "the RoPE tables have 1 positions and q has 5"),
+                ((3, T, D // 2), None, "the RoPE tables have 3 sequences and q has 2"),
+                ((B, T, 1, D // 2), None, "give two of [T, R/2] or [B, T, R/2]"),
+                ((D // 2,), None, "give two of [T, R/2] or [B, T, R/2]"),
+                ((T, D // 2), (B, T, D // 2), "the RoPE tables are (5, 8) and (2, 5, 8)"),
+            )
+        ),
     ],
 )
 def test_errors_say_what_to_do(build, message):
@@ -457,3 +617,17 @@ def test_errors_say_what_to_do(build, message):
         build()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_backend_that_would_be_ignored_is_refused():
+    q, k = qk_pair()
+    with pytest.raises(RuntimeError, match="no Triton kernel"):
+        QKNorm("rms", head_dim=D, weight_cast="after", backend="triton")
+    with pytest.raises(RuntimeError, match="a norm or RoPE of this QKNorm is not fused"):
+        QKNorm("rms", head_dim=D, weight_cast="after", backend="compiled")(q, k)
+    with pytest.raises(RuntimeError, match="over a slice of the head there is the reference alone"):
+        QKNorm("rms", head_dim=D, over=(2, 10), backend="compiled")(q, k)
+    for options in ({"weight_cast": "after"}, {"over": (2, 10)}):
+        asked = QKNorm("rms", head_dim=D, backend="reference", **options)(q, k)
+        for a, b in zip(asked, QKNorm("rms", head_dim=D, **options)(q, k), strict=True):
+            assert torch.equal(a, b)

@@ -570,3 +570,12 @@ def test_the_recipes_are_told(tmp_path) -> None:
     assert '<th scope="row">s_z_init</th><td>–</td><td>10</td>' in recipes
     assert "&lt;b&gt;" in recipes and "<b>" not in recipes
     assert "d_model" not in recipes
+
+
+def test_untuned_learning_rates_are_said_beside_the_headline() -> None:
+    told = summaries.summary(("gpt", "ngpt"))
+    assert "--sweep-lr" not in " ".join(report.answer(told)[1])
+    told["arms"]["gpt"]["lr_source"] = "tuned for gpt at the demo preset's settings, not for these"
+    assert "learning rate of GPT was not tuned for these settings" in " ".join(report.answer(told)[1])
+    told["arms"]["ngpt"]["lr_source"] = "a usual value, not tuned"
+    assert "learning rate of GPT and nGPT was not tuned" in " ".join(report.answer(told)[1])

@@ -101,20 +101,23 @@ def _one_line(box: str, name: str) -> str:
     """What tyro says in a box, as a sentence, with where to find help."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in text.splitlines()]
-    kept: list[str] = []
-    for line in lines:
-        if re.match(r"^[╭╰├─-].*", line) or line.startswith("For full helptext"):
-            continue
-        if line:
-            kept.append(line)
-    text = " ".join(kept).replace("Invalid choice invalid choice", "invalid choice")
+    kept = [line for line in lines if line and not re.match(r"[╭╰├─-]", line)]
+    nearest = [line.split()[0] for line in lines if re.match(r"--\w", line)]
+    text = " ".join(kept)
+    text = text.replace("Invalid choice invalid", "invalid").replace(
+        "Unrecognized options Unrecognized", "unrecognized"
+    )
+    # the group that a flag belongs to is of no concern to who typed it
+    text = re.sub(r"Error parsing (what|config|data|options|sampling): ", "", text)
     # the choices come in an order that changes from run to run, with the None of a flag that was not given
     text = re.sub(
         r"Expected one of \((.*?)\)",
         lambda m: "choose " + ", ".join(sorted(set(re.findall(r"'(.+?)'", m[1])) - {"None"})),
         text,
     )
-    said = re.split(r"Argument helptext:|\.? Got errors:|nsphere \S+ --help", text)[0].strip(" .")
+    said = re.split(r"Perhaps you meant:|Argument helptext:|\.? Got errors:|For full helptext", text)[0].strip(" .")
+    if "Perhaps you meant" in text and nearest:
+        said += f"; did you mean {' or '.join(nearest[:2])}?"
     return f"{said or 'bad flags'}; nsphere {name} --help tells the flags"
 
 

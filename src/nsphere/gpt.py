@@ -29,7 +29,7 @@ class GPTConfig(DecoderConfig):
         super().__post_init__()
         check_positive(self, "norm_eps", "init_std")
         if self.qk_norm != "none":
-            make_norm(self.qk_norm, self.head_dim)  # refuses an unknown name with the known ones
+            make_norm(self.qk_norm, self.head_dim, num_heads=self.num_heads)  # refuses an unknown name
 
 
 class Embedding(nn.Module):

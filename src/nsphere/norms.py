@@ -28,7 +28,7 @@ class NormSpec:
     statistic: Statistic
     """What x is divided by: "l2" √Σx², "rms" √mean x², "layer" the standard deviation, after centring."""
     eps: float | None
-    """Added as `eps_place` says; None is the eps of the input's dtype."""
+    """Added as `eps_place` says; None is the eps of the input's dtype, or under "torch" whatever torch takes."""
     eps_place: EpsPlace = "inside"
     """"inside" the root, "clamp" (the root is at least eps), or "added" to the root."""
     weight: WeightShape = "none"
@@ -166,6 +166,14 @@ class StatisticNorm(Norm):
         cast, eps = self.spec.weight_cast, eps_of(self.spec, x.dtype)
         if cast in ("fused", "before"):
             return self.apply_fp32(x).to(x.dtype)
+        in_torch = cast == "torch" or (cast == "after" and self.spec.statistic == "layer")
+        if in_torch and eps == 0 and self.spec.statistic != "l2":
+            return self._around_zero_rows(x)
+        return self._rounded_between(x, eps)
+
+    def _rounded_between(self, x: Tensor, eps: float) -> Tensor:
+        """The norm under the casts that round before the end."""
+        cast = self.spec.weight_cast
         if cast == "torch":
             return self._torch(x, eps)
         weight_dtype = None if self.spec.promote else x.dtype
@@ -209,6 +217,15 @@ class StatisticNorm(Norm):
         _, inverse = standardize(x.to(compute_dtype(x)), spec, eps)
         return self._affine(centred * inverse.to(x.dtype), weight_dtype)
 
+    def _around_zero_rows(self, x: Tensor) -> Tensor:
+        """Without eps torch's functions make NaN of rows of no length: those leave as the bias, with no gradient."""
+        zero = x[..., :1] if self.spec.statistic == "layer" else 0.0
+        alive = (x != zero).any(-1, keepdim=True)
+        ramp = torch.arange(1, self.dim + 1, dtype=x.dtype, device=x.device)
+        y = self._rounded_between(torch.where(alive, x, ramp), 0.0)
+        shift = self.shift(y.dtype)
+        return torch.where(alive, y, 0.0 if shift is None else shift)
+
     def _torch(self, x: Tensor, eps: float) -> Tensor:
         spec, width = self.spec, (self.dim,)
         weight, bias = self.factor(x.dtype), self.shift(x.dtype)
@@ -221,18 +238,25 @@ class StatisticNorm(Norm):
         if spec.statistic == "layer":
             y = F.layer_norm(x, width, eps=eps)
         elif spec.statistic == "rms":
-            y = F.rms_norm(x, width, eps=eps)
+            y = F.rms_norm(x, width, eps=self._rms_eps(eps))
         else:
             y = F.normalize(x, dim=-1, eps=eps or torch.finfo(x.dtype).tiny)  # 0/0 in a zero row without
         return self._affine(y, x.dtype)
 
     def _torch_row(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        scale = self.spec.scale
+        if self.spec.statistic == "layer" and scale == 1:
+            return F.layer_norm(x, (self.dim,), weight, bias, eps)
         if self.spec.statistic == "layer":
-            y = F.layer_norm(x, (self.dim,), weight, bias, eps)
+            y = F.layer_norm(x, (self.dim,), weight, None, eps)
         else:
-            y = F.rms_norm(x, (self.dim,), weight, eps)
-            y = y if bias is None else y + bias
-        return y if self.spec.scale == 1 else y * self.spec.scale
+            y = F.rms_norm(x, (self.dim,), weight, self._rms_eps(eps))
+        y = y if scale == 1 else y * scale
+        return y if bias is None else y + bias
+
+    def _rms_eps(self, eps: float) -> float | None:
+        # given None, F.rms_norm takes the eps of the dtype it computes in, which is fp32 for bf16
+        return None if self.spec.eps is None else eps
 
     def extra_repr(self) -> str:
         """The fields that differ from their defaults."""
@@ -363,14 +387,17 @@ def register_norm(name: str) -> Callable[[Any], Any]:
         name: a new name; one that is taken raises ValueError.
 
     Returns:
-        A decorator for an nn.Module class built as cls(dim), or cls(dim, num_heads=...) if it takes num_heads;
-        or for a function from a tensor [..., D] to one of the same shape.
+        A decorator for an nn.Module class built as cls(dim), or cls(dim, num_heads=...) if it takes num_heads, or
+        a functools.partial of one; or for a function from a tensor [..., D] to one of the same shape.
     """
+    if name == "none":
+        raise ValueError("the norm name 'none' stands for no norm; choose another name")
     if name in _NORMS:
         raise ValueError(f"the norm name {name!r} is taken by {_NORMS[name]!r}; choose another name")
 
     def register(norm: Any) -> Any:
-        is_class = isinstance(norm, type) and issubclass(norm, nn.Module)
+        made_of = norm.func if isinstance(norm, partial) else norm
+        is_class = isinstance(made_of, type) and issubclass(made_of, nn.Module)
         if not is_class and not callable(norm):
             raise TypeError(f"register_norm got {norm!r}; give an nn.Module class or a function of one tensor")
         _NORMS[name] = norm if is_class else partial(FunctionNorm, norm)
@@ -420,6 +447,7 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 
 def _check_choices(owner: str, spec: NormSpec) -> None:
     for field, alias in (
+        ("statistic", Statistic),
         ("eps_place", EpsPlace),
         ("weight", WeightShape),
         ("weight_cast", WeightCast),

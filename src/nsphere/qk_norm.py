@@ -6,12 +6,13 @@ Shape legend: B batch, T positions, H query heads, Hkv key heads, D head_dim.
 import copy
 import math
 import warnings
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
 
 from nsphere.norms import L2Clip, StatisticNorm, compute_dtype, make_norm
+from nsphere.ops import backend as backends
 from nsphere.ops.qk_norm_rope import SideSpec, SideTensors, qk_norm_rope
 from nsphere.rope import RopeSpec, rotate
 
@@ -21,14 +22,20 @@ Layout: TypeAlias = Literal["bshd", "sbhd", "bhsd", "thd"]
 
 
 class LearnedMultiplier(nn.Module):
-    """A learned factor on q or k: transform(stored · init / scale), as a tensor broadcastable to [H, D].
+    """A learned factor on q or k, broadcastable to [H, D].
+
+    "identity" is stored · init / scale, "softplus" log(1 + e^stored), "exp" e^min(stored, log max).
 
     Args:
         shape: () one scalar, (H, 1) per head, (D,) per dimension, (H, D) both.
         init: the factor's initial value.
-        scale: what is stored at the start; under Adam it sets the factor's own learning rate (nGPT §2.5).
-        transform: "identity"; "softplus"; "exp" of the stored logarithm, clamped at log(max).
+        scale: of "identity": what is stored at the start; under Adam it sets the factor's own learning rate
+            (nGPT §2.5).
+        transform: "identity", "softplus" or "exp".
         max: the ceiling of "exp" (100 in Swin v2).
+
+    Raises:
+        ValueError: for what the transform has no use for, or cannot start from.
     """
 
     def __init__(
@@ -46,6 +53,12 @@ class LearnedMultiplier(nn.Module):
             raise ValueError(f"LearnedMultiplier got transform={transform!r}; choose identity, softplus or exp")
         if transform != "identity" and init <= 0:
             raise ValueError(f"LearnedMultiplier got init={init}; {transform} needs a positive one")
+        if transform != "identity" and scale != 1:
+            raise ValueError(f'LearnedMultiplier got scale={scale} with {transform}; scale is for "identity"')
+        if transform != "exp" and max != math.inf:
+            raise ValueError(f'LearnedMultiplier got max={max} with {transform}; max is for "exp"')
+        if init > max:
+            raise ValueError(f"LearnedMultiplier got init={init} above max={max}; start at {max} or below")
         self.init, self.scale, self.transform, self.max = init, scale, transform, max
         self.weight = nn.Parameter(torch.empty(shape, device=device))
         self.reset_parameters()
@@ -60,8 +73,8 @@ class LearnedMultiplier(nn.Module):
         nn.init.constant_(self.weight, self.scale if self.transform == "identity" else self._start())
 
     def forward(self) -> Tensor:
-        """The factor, fp32."""
-        weight = self.weight.float()
+        """The factor, fp32 (fp64 of an fp64 weight)."""
+        weight = self.weight.to(compute_dtype(self.weight))
         if self.transform == "softplus":
             return nn.functional.softplus(weight)
         if self.transform == "exp":
@@ -88,25 +101,32 @@ class QKNorm(nn.Module):
         over: what one statistic spans: "head" (D); "full" (all heads); a number, for groups of that many
             consecutive dims, inside a head or across heads; or (start, stop), a slice of each head, the rest of
             which is left as it is.
-        multiplier: a factor on q: a number; an nn.Module whose forward() returns a tensor broadcastable to
+        multiplier: a factor on q: a number; a Parameter or tensor broadcastable to [H, D], the latter kept as a
+            buffer; an nn.Module whose forward() returns a tensor broadcastable to
             [H, D] (see LearnedMultiplier), or, where its `takes_positions` is true, whose forward(positions)
             returns one broadcastable to [B, T, H, D]; or a function of the positions, fp32 [T] or [B, T], to
             factors of the same shape.
         k_multiplier: the same on k.
         multiplier_place: "last", or "before_rope" for a number that a family multiplies before rotating, which
-            shows in the rounding alone.
+            shows in the rounding alone; with place="before" only, as a norm after it would undo it.
         multiplier_dtype: "float32", or "input" to round the factors to q's dtype first, as some families do; with
             rounding points of their own only.
-        softmax_scale: the scale attention should use; by default √D beside a unit norm, else 1/√D. "rsqrt" asks
-            for 1/√D by name.
+        softmax_scale: the scale attention should use, decided at construction; by default √D where q and k both
+            have length 1 per head, else 1/√D, with a warning where an L2 norm makes that a guess: on one side
+            alone, or over anything but a head. "rsqrt" asks for 1/√D by name.
         layout: how the dims of q and k are ordered; thd is packed sequences, all tokens in one dim.
         backend: of the fused op, see nsphere.ops.backend; by default the best that can run.
         **norm_options: passed to both norms when they are built: eps=..., weight_cast=..., and so on.
+
+    A norm that is no plain built-in (a subclass with a forward of its own, one with hooks) is called as it is,
+    between steps that round. Norms and multipliers may be replaced later; the next call sees them.
 
     State-dict keys: q_norm.*, k_norm.*, multiplier.*, k_multiplier.*.
 
     Raises:
         ValueError: for a width, head count or choice that does not fit.
+        TypeError: for a multiplier that is nothing of the above.
+        RuntimeError: for a backend that cannot run.
     """
 
     def __init__(
@@ -140,7 +160,20 @@ class QKNorm(nn.Module):
                 raise ValueError(f"QKNorm got {name}={value!r}; choose from {', '.join(map(repr, allowed))}")
         if rope is not None and rope.dim > head_dim:
             raise ValueError(f"RopeSpec.dim={rope.dim} is more than head_dim={head_dim}; rotate at most those")
-        for factor in (multiplier, k_multiplier):
+        if multiplier_place == "before_rope" and place == "after":
+            raise ValueError(
+                'multiplier_place="before_rope" with place="after" lets the norm undo the multiplier; '
+                'give place="before" or multiplier_place="last"'
+            )
+        if backend is not None:
+            backends.check_name(backend)
+        if backend == "triton":
+            raise RuntimeError("the backend 'triton' was asked for and cannot run: this op has no Triton kernel")
+        for name, factor in (("multiplier", multiplier), ("k_multiplier", k_multiplier)):
+            if not (factor is None or _is_number(factor) or isinstance(factor, Tensor) or callable(factor)):
+                raise TypeError(
+                    f"QKNorm got {name}={factor!r}; give a number, a tensor, an nn.Module or a function of positions"
+                )
             if multiplier_place == "before_rope" and factor is not None and not _is_number(factor):
                 raise ValueError('multiplier_place="before_rope" is for a number; other factors come last')
         self.head_dim, self.num_heads = head_dim, num_heads
@@ -152,9 +185,17 @@ class QKNorm(nn.Module):
             k = copy.deepcopy(q) if isinstance(q, nn.Module) else q
         self.q_norm = self._make("q", q, self.num_heads, norm_options)
         self.k_norm = self._make("k", k, self.num_kv_heads, norm_options)
-        self.multiplier, self.k_multiplier = multiplier, k_multiplier
+        if norm_options and (isinstance(q, nn.Module) or isinstance(k, nn.Module) or q is k is None):
+            raise ValueError(
+                f"QKNorm got {', '.join(sorted(norm_options))} for norms that are built already or absent; set them "
+                "where the norms are made"
+            )
+        for name, factor in (("multiplier", multiplier), ("k_multiplier", k_multiplier)):
+            if isinstance(factor, Tensor) and not isinstance(factor, nn.Parameter):
+                self.register_buffer(name, factor)
+            else:
+                setattr(self, name, factor)
         self.softmax_scale = self._softmax_scale(softmax_scale)
-        self._specs = self._side_spec(self.q_norm, multiplier), self._side_spec(self.k_norm, k_multiplier)
 
     def _make(self, side: str, norm: Any, heads: int | None, options: dict[str, Any]) -> nn.Module | None:
         if norm is None:
@@ -201,9 +242,15 @@ class QKNorm(nn.Module):
 
     def _softmax_scale(self, asked: float | str | None) -> float:
         plain = self.head_dim**-0.5
-        spec = getattr(self.q_norm, "spec", None)
-        unit = spec is not None and spec.statistic == "l2" and spec.scale == 1
+        sides = [isinstance(n, StatisticNorm) and n.spec.statistic == "l2" and n.spec.scale == 1 for n in self._norms()]
+        unit = all(sides) and self.over == "head"
         if asked is None:
+            if any(sides) and not unit:
+                warnings.warn(
+                    "an L2 norm of one side alone, or over anything but a head, has no softmax scale of its own: "
+                    '1/√D is taken; give softmax_scale=, a number or "rsqrt"',
+                    stacklevel=3,
+                )
             return self.head_dim**0.5 if unit else plain
         if isinstance(asked, str):
             if asked != "rsqrt":
@@ -217,16 +264,21 @@ class QKNorm(nn.Module):
             )
         return asked
 
+    def _norms(self) -> tuple[nn.Module | None, nn.Module | None]:
+        return self.q_norm, self.k_norm
+
     def _side_spec(self, norm: nn.Module | None, multiplier: Any) -> SideSpec | None:
         """What the fused op does for this side; None where steps of their own rounding must be composed."""
-        if norm is None:
+        spec = None
+        if norm is None or (type(norm) is nn.Identity and not _has_hooks(norm)):
             fused = self.rope is None or self.rope.compute_dtype != "input"
         else:
-            fused = isinstance(norm, StatisticNorm) and norm.spec.weight_cast == "fused"
+            spec = norm.spec if _is_plain(norm) else None
+            fused = spec is not None and spec.weight_cast == "fused"
         if not fused:
             return None
         return SideSpec(
-            norm=norm.spec if isinstance(norm, StatisticNorm) else None,
+            norm=spec,
             rope=self.rope,
             norm_first=self.place == "before",
             over=self.over,
@@ -247,8 +299,8 @@ class QKNorm(nn.Module):
 
         Args:
             q: [B, T, H, D] (or as `layout` orders it), any floating dtype, strided or not.
-            k: [B, T, Hkv, D], of q's dtype.
-            rope: the tables (cos, sin), each [T, R/2] or [B, T, R/2]; see RopeSpec.tables.
+            k: [B, T, Hkv, D], of q's dtype and device.
+            rope: the tables (cos, sin), each [T, R/2], [B, T, R/2] or [1, T, R/2]; see RopeSpec.tables.
             positions: [T] or [B, T], for multipliers that depend on position.
             multiplier: a factor on q for this call, broadcastable to [H, D], beside the module's own.
             k_multiplier: the same on k.
@@ -257,24 +309,33 @@ class QKNorm(nn.Module):
             q and k in the shapes and dtype they came in.
 
         Raises:
-            ValueError: for a width, head count, length or device that does not fit.
-            TypeError: for integers.
+            ValueError: for a width, head count, length, dtype or device that does not fit.
+            TypeError: for integers, and for what is no tensor.
+            RuntimeError: for a backend that cannot run these norms.
         """
-        q, k = self._to_bshd(q), self._to_bshd(k)
+        q, k = self._to_bshd(q, "q"), self._to_bshd(k, "k")
         self._check(q, k, rope)
-        q_factors = self._factors(self.multiplier, multiplier, positions)
-        k_factors = self._factors(self.k_multiplier, k_multiplier, positions)
-        q_spec, k_spec = self._specs
+        q_factors = self._factors("q", q, self.multiplier, multiplier, positions)
+        k_factors = self._factors("k", k, self.k_multiplier, k_multiplier, positions)
+        q_spec = self._side_spec(self.q_norm, self.multiplier)
+        k_spec = self._side_spec(self.k_norm, self.k_multiplier)
         if q_spec is not None and k_spec is not None:
             q_tensors = self._tensors(self.q_norm, rope, q_factors)
             k_tensors = self._tensors(self.k_norm, rope, k_factors)
             q, k = qk_norm_rope(q, k, q_spec, k_spec, q_tensors, k_tensors, backend=self.backend)
         else:
+            if self.backend not in (None, "reference"):
+                raise RuntimeError(
+                    f"the backend {self.backend!r} was asked for and cannot run: a norm or RoPE of this QKNorm is "
+                    'not fused; leave backend=None, or use built-in norms with weight_cast="fused"'
+                )
             q = self._composed(q, self.q_norm, rope, self.multiplier, q_factors)
             k = self._composed(k, self.k_norm, rope, self.k_multiplier, k_factors)
         return self._from_bshd(q), self._from_bshd(k)
 
-    def _to_bshd(self, x: Tensor) -> Tensor:
+    def _to_bshd(self, x: Tensor, name: str) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"QKNorm got {name} of {type(x).__name__}; give a tensor")
         if x.dim() != len(self.layout):
             raise ValueError(f"QKNorm with layout={self.layout!r} got {tuple(x.shape)}; give {len(self.layout)} dims")
         if self.layout == "thd":
@@ -309,37 +370,57 @@ class QKNorm(nn.Module):
             weight = getattr(norm, "weight", None)
             if isinstance(weight, Tensor) and weight.device != x.device:
                 raise ValueError(f"{name} is on {x.device} and the norm's weight on {weight.device}; move one")
+        if k.dtype != q.dtype or k.device != q.device:
+            raise ValueError(
+                f"QKNorm got q of {q.dtype} on {q.device} and k of {k.dtype} on {k.device}; give both the same"
+            )
         if (self.rope is None) != (rope is None):
             raise ValueError(
                 "QKNorm was built without RoPE: pass no tables"
                 if self.rope is None
                 else "QKNorm was built with RoPE: pass rope=(cos, sin), see RopeSpec.tables"
             )
-        for table in rope or ():
+        if rope is not None:
+            self._check_tables(q, k, *rope)
+
+    @staticmethod
+    def _check_tables(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+        if cos.shape != sin.shape or cos.dim() not in (2, 3):
+            raise ValueError(
+                f"the RoPE tables are {tuple(cos.shape)} and {tuple(sin.shape)}; give two of [T, R/2] or [B, T, R/2]"
+            )
+        for table in (cos, sin):
             if table.device != q.device:
                 raise ValueError(f"q is on {q.device} and the RoPE tables on {table.device}; move the tables")
-            for name, x in (("q", q), ("k", k)):
-                if table.shape[-2] not in (1, x.shape[1]):
-                    raise ValueError(f"the RoPE tables have {table.shape[-2]} positions and {name} has {x.shape[1]}")
+        for name, x in (("q", q), ("k", k)):
+            if cos.shape[-2] != x.shape[1]:
+                raise ValueError(f"the RoPE tables have {cos.shape[-2]} positions and {name} has {x.shape[1]}")
+            if cos.dim() == 3 and cos.shape[0] != 1 and cos.shape[0] != x.shape[0]:
+                raise ValueError(f"the RoPE tables have {cos.shape[0]} sequences and {name} has {x.shape[0]}")
 
     def _counts_heads(self, norm: nn.Module | None) -> bool:
         """Whether the number of heads matters to this norm."""
-        if norm is None or not isinstance(self.over, str):
-            return isinstance(self.over, int)
-        per_head = ("per_head", "full", "scalar_per_head")
-        return self.over == "full" or (isinstance(norm, StatisticNorm) and norm.spec.weight in per_head)
+        if norm is None or self.over == "full" or isinstance(self.over, int):
+            return norm is not None
+        if isinstance(norm, L2Clip):
+            return norm.weight is not None
+        return isinstance(norm, StatisticNorm) and norm.spec.weight in ("per_head", "full", "scalar_per_head")
 
     @staticmethod
-    def _factors(own: Any, given: Tensor | None, positions: Tensor | None) -> list[Tensor]:
-        """The factors that are tensors, each broadcastable to [B, T, H, D]."""
+    def _factors(name: str, x: Tensor, own: Any, given: Tensor | None, positions: Tensor | None) -> list[Tensor]:
+        """The factors on x that are tensors, each broadcastable to [B, T, H, D]."""
         factors = [] if given is None else [given]
-        takes_positions = getattr(own, "takes_positions", callable(own) and not isinstance(own, nn.Module))
+        takes_positions = getattr(own, "takes_positions", callable(own) and not isinstance(own, nn.Module | Tensor))
         if takes_positions and positions is None:
             raise ValueError("this QKNorm's multiplier depends on position; pass positions=")
-        if isinstance(own, nn.Module):
+        if isinstance(own, Tensor):
+            factors.append(own)
+        elif isinstance(own, nn.Module):
             factors.append(own(positions) if takes_positions else own())
         elif callable(own) and positions is not None:
             factors.append(own(positions.float())[..., None, None])
+        for factor in factors:
+            _check_factor(name, factor, x)
         return factors
 
     @staticmethod
@@ -361,7 +442,8 @@ class QKNorm(nn.Module):
         if rope is not None and self.rope is not None:
             y = rotate(y, *rope, self.rope).to(y.dtype)
         y = self._norm(y, norm) if self.place == "after" else y
-        return _multiply(y, every) if last else y
+        y = _multiply(y, every) if last else y
+        return y if isinstance(norm, StatisticNorm) and norm.spec.promote else y.to(x.dtype)
 
     def _norm(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         if norm is None:
@@ -382,7 +464,9 @@ class QKNorm(nn.Module):
         """The largest |softmax_scale · q·k| that can occur, None where no norm bounds it.
 
         ‖q‖ ≤ ‖γq‖∞ · radius + ‖bias‖₂, with radius 1 for L2 and √width for RMS and LayerNorm; k likewise; times
-        the multipliers. It holds for norms over heads, groups inside a head, or all heads together.
+        the module's own multipliers. It holds for built-in norms over heads, groups inside a head, or all heads
+        together. A multiplier given for one call comes on top, and so does the factor of scaled RoPE tables
+        (YaRN's), on q and on k each, unless the norm comes after.
         """
         lengths = [
             self._longest(self.q_norm, self.num_heads, self.multiplier),
@@ -393,9 +477,9 @@ class QKNorm(nn.Module):
         return self.softmax_scale * math.prod(length for length in lengths if length is not None)
 
     def _longest(self, norm: nn.Module | None, heads: int | None, multiplier: Any) -> float | None:
-        if isinstance(norm, L2Clip) and self.over == "head":
+        if type(norm) is L2Clip and not _has_hooks(norm) and self.over == "head":
             radius = norm.max_norm
-        elif isinstance(norm, StatisticNorm) and not isinstance(self.over, tuple):
+        elif isinstance(norm, StatisticNorm) and _is_plain(norm) and not isinstance(self.over, tuple):
             radius = 1.0 if norm.spec.statistic == "l2" else norm.dim**0.5
             factor, shift = norm.factor(), norm.shift()
             radius *= abs(norm.spec.scale) * (1.0 if factor is None else factor.abs().max().item())
@@ -410,6 +494,8 @@ class QKNorm(nn.Module):
             return radius * abs(multiplier)
         if multiplier is None:
             return radius
+        if isinstance(multiplier, Tensor):
+            return radius * multiplier.abs().max().item()
         if not isinstance(multiplier, nn.Module) or getattr(multiplier, "takes_positions", False):
             return None
         return radius * multiplier().abs().max().item()
@@ -422,6 +508,35 @@ class QKNorm(nn.Module):
 
 def _is_number(factor: Any) -> bool:
     return isinstance(factor, int | float)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_plain(norm: nn.Module) -> TypeGuard[StatisticNorm]:
+    """Whether calling the norm does what its spec says and nothing more: no other forward, no hooks."""
+    if not isinstance(norm, StatisticNorm) or _has_hooks(norm) or "forward" in vars(norm):
+        return False
+    return all(
+        getattr(type(norm), name) is getattr(StatisticNorm, name)
+        for name in ("forward", "factor", "shift", "apply_fp32", "_affine", "_shaped")
+    )
+
+
+def _check_factor(name: str, factor: Tensor, x: Tensor) -> None:
+    if not isinstance(factor, Tensor):
+        raise TypeError(f"the multiplier of {name} is of {type(factor).__name__}; give a tensor")
+    if factor.device != x.device and factor.dim():
+        raise ValueError(f"{name} is on {x.device} and its multiplier on {factor.device}; move one")
+    pairs = zip(reversed(factor.shape), reversed(x.shape), strict=False)
+    if factor.dim() > x.dim() or any(n != 1 and n != m for n, m in pairs):
+        raise ValueError(
+            f"the multiplier of {name} is {tuple(factor.shape)} and {name} is {tuple(x.shape)} (as [B, T, H, D]); "
+            "give one that broadcasts to that"
+        )
 
 
 def _multiply(y: Tensor, factors: list[Any]) -> Tensor:

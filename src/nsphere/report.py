@@ -157,6 +157,10 @@ def _caution(arms: Mapping[str, Any], best: str, name: str, by_seed: Mapping[str
     if edge:
         names = " and ".join(styles[name].title for name in edge)
         said.append(f"The best learning rate of {names} lies at the edge of the grid: it may do better than shown")
+    untuned = [n for n in (best, name) if "not tuned" in (src := arms[n].get("lr_source") or "") or "not for" in src]
+    if untuned:
+        names = " and ".join(styles[n].title for n in untuned)
+        said.append(f"The learning rate of {names} was not tuned for these settings: --sweep-lr tunes every arm")
     return ". ".join(said) + "."
 
 

@@ -40,6 +40,8 @@ class RopeSpec:
     """The rotation's dtype; "input" is that of q and k (Hugging Face's usual order, which rounds three times)."""
 
     def __post_init__(self) -> None:
+        if self.blocks < 1:
+            raise ValueError(f"RopeSpec got blocks={self.blocks}; give at least 1")
         if self.dim <= 0 or self.dim % (2 * self.blocks):
             raise ValueError(
                 f"RopeSpec got dim={self.dim} in {self.blocks} block(s); dims turn in pairs, "
@@ -54,6 +56,10 @@ class RopeSpec:
         }.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"RopeSpec got {field}={getattr(self, field)!r}; choose from {allowed}")
+        for field, others in {"table_dtype": ("input", None), "compute_dtype": ("input",)}.items():
+            value = getattr(self, field)
+            if value not in others and not isinstance(value, torch.dtype):
+                raise ValueError(f"RopeSpec got {field}={value!r}; give a torch.dtype or one of {others}")
 
     def tables(self, positions: int | Tensor, *, offset: int = 0, device: object = None) -> tuple[Tensor, Tensor]:
         """The cosines and sines of position · base^(-2i/R), from angles in fp64: in fp32 they drift with length.

@@ -400,7 +400,7 @@ CASES = [
         rotary=None,
         forward=plain,
         args=(),
-        options={"use_qk_norm": True, "num_attention_heads": 1, "hidden_size": HIDDEN},
+        options={"use_qk_norm": True, "num_attention_heads": 1, "head_dim": HIDDEN},
         raw=lambda r: tuple(heads(r.outputs[f"{n}_proj"], HIDDEN) for n in "qkv"),
     ),
     Case(

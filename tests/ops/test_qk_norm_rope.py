@@ -13,7 +13,7 @@ from torch import nn
 
 from nsphere.norms import L2Norm, LayerNorm, NormSpec, RMSNorm
 from nsphere.ops import backend as backends
-from nsphere.ops.qk_norm_rope import SideSpec, SideTensors, lean, qk_norm_rope
+from nsphere.ops.qk_norm_rope import SideSpec, SideTensors, lean, qk_norm_rope, reference
 from nsphere.qk_norm import LearnedMultiplier, QKNorm
 from nsphere.rope import RopeSpec
 
@@ -114,6 +114,7 @@ def build(kind, over, place, rope, cast="fused", **options):
         multiplier=options.pop("multiplier", None),
         weight=weight,
         weight_cast=cast,
+        softmax_scale="rsqrt",
         **options,
     )
     for p in qk.parameters():
@@ -313,6 +314,69 @@ def test_small_and_large_rows(scale):
         torch.testing.assert_close(got[0].norm(dim=-1), torch.full((B, T, H), length), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("weight", ["none", "shared"])
+@pytest.mark.parametrize("kind", ["l2", "rms", "layer"])
+def test_an_added_eps_with_rows_far_shorter(kind, weight):
+    for place, length in itertools.product(("before", "after"), (1e-7, 1e-3, 1.0)):
+        (q, k), grads = inputs()
+        q, k = q * length, k * length
+        qk = build(kind, "head", place, ROPES["half"], weight=weight, bias=False, eps=1e-1, eps_place="added")
+        expected = truth(qk, q, k, tables_for(qk.rope), grads)
+        got = gradients(qk, q, k, tables_for(qk.rope), grads, torch.float32)
+        for a, b in zip(got, expected, strict=True):
+            assert error(a, b) <= 3e-6, f"{place} {length}"
+
+
+@pytest.mark.parametrize("eps", [1e-3, 3e-3, 1e-5, 0.7])
+@pytest.mark.parametrize("kind", ["l2", "rms"])
+def test_clamped_rows_near_the_clamp(kind, eps):
+    (q, k), grads = inputs()
+    qk = build(kind, "head", "before", ROPES["half"], weight="none", bias=False, eps=eps, eps_place="clamp")
+    for share in (0.9, 0.99, 1.01, 1.1):
+        lengths = (x.norm(dim=-1, keepdim=True) / (1 if kind == "l2" else D**0.5) for x in (q, k))
+        near = [x / n * share * eps for x, n in zip((q, k), lengths, strict=True)]
+        expected = truth(qk, *near, tables_for(qk.rope), grads)
+        for a, b in zip(gradients(qk, *near, tables_for(qk.rope), grads, torch.float32), expected, strict=True):
+            assert error(a, b) <= 3e-6, f"{share}"
+
+
+def test_padding_in_the_tables():
+    for kind, place in itertools.product(("l2", "layer"), ("before", "after")):
+        (q, k), grads = inputs()
+        qk = build(kind, "head", place, ROPES["half"], weight="none", bias=False, eps=1e-6)
+        cos, sin = tables_for(qk.rope)
+        cos, sin = cos.clone(), sin.clone()
+        cos[1] = sin[1] = 0.0
+        expected = truth(qk, q, k, (cos, sin), grads)
+        for a, b in zip(gradients(qk, q, k, (cos, sin), grads, torch.float64), expected, strict=True):
+            assert error(a, b) <= 1e-11
+
+
+def test_frozen_parameters_get_no_gradient_and_cost_none(monkeypatch):
+    asked = []
+    whole = reference.backward
+
+    def watched(*args):
+        results = whole(*args)
+        asked.append([g is not None for g in results[1:]])
+        return results
+
+    monkeypatch.setattr(reference, "backward", watched)
+    (q, k), grads = inputs()
+    for frozen in ((), ("q_norm.weight", "k_norm.bias"), ("multiplier.weight", "q_norm.bias")):
+        qk = build("layer", "head", "before", ROPES["half"], multiplier=LearnedMultiplier((H, D), 1.3))
+        expected = gradients(qk, q, k, tables_for(qk.rope), grads, torch.float64, "reference")
+        names = [name for name, _ in qk.named_parameters()]
+        for name in frozen:
+            qk.get_parameter(name).requires_grad_(False)
+        asked.clear()
+        got = gradients(qk, q, k, tables_for(qk.rope), grads, torch.float64)
+        for name, a, b in zip(["q", "k", "dq", "dk", *names], got, expected, strict=True):
+            assert a is None if name in frozen else error(a, b) <= 1e-11
+        sides = [("q_norm.weight", "q_norm.bias", "multiplier.weight"), ("k_norm.weight", "k_norm.bias", "no")]
+        assert asked == [[name in names and name not in frozen for name in side] for side in sides]
+
+
 def test_one_position_and_an_empty_batch():
     qk = build("rms", "head", "before", ROPES["half"])
     (q, k), grads = inputs(t=1)
@@ -403,6 +467,59 @@ def test_all_lengths_share_two_compilations():
             assert error(a, b) <= 3e-6
     # forward and backward, each for the first lengths and for all others
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+
+
+def test_every_kind_of_call_is_compiled(caplog):
+    """Training and evaluation, dtypes, layouts and dims of one: no number of them exhausts the compiler."""
+    if reason := backends.why_not("compiled", "cpu", has_triton_kernel=False):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    qk = QKNorm("rms", head_dim=D, rope=ROPES["half"], eps=4e-6, backend="compiled")
+
+    def call(b, t, dtype, layout, train):
+        shape = (b, H + HKV, t, D) if layout == "bhsd" else (b, t, H + HKV, D)
+        x = torch.randn(shape).to(dtype).requires_grad_(train)
+        x_bshd = x.transpose(1, 2) if layout == "bhsd" else x
+        q, k = x_bshd.split((H, HKV), 2)
+        if layout == "dense":
+            q, k = q.contiguous(), k.contiguous()
+        got = []
+        for backend in ("compiled", "reference"):
+            qk.backend, x.grad = backend, None
+            with torch.set_grad_enabled(train):
+                outputs = qk(q, k, rope=tables_for(qk.rope, t))
+            if train:
+                sum(y.float().square().sum() for y in outputs).backward(retain_graph=True)
+            got.append([*outputs, *([x.grad] if train else [])])
+        for a, b in zip(*got, strict=True):
+            assert error(a, b) <= 2 * floor(dtype)
+        assert not hasattr(q, "_dynamo_weak_dynamic_indices")  # the caller's tensors stay as they were
+
+    kinds = itertools.product((torch.float32, torch.bfloat16), ("packed", "dense", "bhsd"), (True, False))
+    for dtype, layout, train in kinds:
+        call(3, 5, dtype, layout, train)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for dtype in (torch.float32, torch.bfloat16):  # evaluation runs the code of training
+        call(3, 5, dtype, "packed", False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    for b, t in ((1, 5), (3, 1), (2, 9)):
+        call(b, t, torch.float32, "packed", True)
+    assert not caplog.records
+
+
+def test_beyond_the_compilers_limit_the_plain_function_runs(monkeypatch, caplog):
+    def refuse(function, **_):
+        def call(*tensors):
+            raise torch._dynamo.exc.FailOnRecompileLimitHit("too many")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    double = lean._compile(lambda x: 2 * x, (2,))
+    x = torch.randn(2, 3)
+    for _ in range(2):
+        assert torch.equal(double(x), 2 * x)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
 
 
 def test_compiled_gradients_are_the_same_from_run_to_run():

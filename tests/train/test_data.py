@@ -536,3 +536,11 @@ class TestDatasets:
     def test_without_the_extra_it_is_named(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
         assert refusal("hf:wikitext") == "data 'hf:wikitext' needs datasets: pip install 'nsphere[hf]'"
+
+
+@pytest.mark.parametrize(("written", "said"), [("uint32", "give --token-dtype uint32"), ("int64", "looks like int64")])
+def test_wider_numbers_are_not_read_as_uint16(tmp_path, written, said):
+    path = tmp_path / "tokens.bin"
+    np.random.default_rng(0).integers(0, 300, 5000).astype(written).tofile(path)
+    with pytest.raises(ValueError, match=said):
+        load_corpus(DataConfig(data=str(path), vocab_size=300))

@@ -24,6 +24,26 @@ _FAMILY_OF_CLASS = {
     "T5Gemma2MergedAttention": "t5gemma2_merged",
     "Qwen3OmniMoeTalkerCodePredictorAttention": "qwen3_omni_moe_talker",
 }
+# and configs whose model_type is not their family's name, nor that with "_text" behind it
+_FAMILY_OF_MODEL_TYPE = {
+    "qwen3_omni_moe_talker_code_predictor": "qwen3_omni_moe_talker",
+    "dots3_note_vision_encoder": "dots3_note_vision",
+    "mllama_text_model": "mllama",
+    "pe_audio_encoder": "pe_audio",
+    "pe_video_encoder": "pe_video",
+    "pe_audio_video_encoder": "pe_audio_video",
+    "step3p5": "step3p7",
+    "internvl_vision": "internvl",
+    "qianfan_ocr_vision": "qianfan_ocr",
+    "nemotron3_5_transcribe_asr_audio": "nemotron3_5_transcribe",
+    "janus_vision_model": "janus",
+}
+_SWITCHES = ("use_qk_norm", "qk_layernorm", "qk_layer_norms")
+# their modules leave eps at the norm's own default, whatever the config says
+_EPS_OF_THE_CLASS = {"esmc", "chameleon", "nemotron3_5_transcribe", "janus", "internvl", "qianfan_ocr"}
+# RoPE on some layers only
+_SLIDING_LAYERS_TURN = {"exaone4", "exaone4_5", "exaone_moe", "kolibri1", "afmoe", "flint"}
+_GIVE_THE_MODULE = "give the attention module in place of the config"
 
 
 def family_of(source: Any) -> str:
@@ -36,13 +56,15 @@ def family_of(source: Any) -> str:
         kind = type(source).__name__
         parts = type(source).__module__.split(".")
         name = _FAMILY_OF_CLASS.get(kind, parts[-2] if len(parts) > 1 else "")
-        if kind == "Llama4TextAttention" and not hasattr(source, "qk_norm"):
+        if kind == "Llama4TextAttention" and not source.use_rope:
             name = "llama4_nope"
-        if getattr(source, "qk_norm_type", None) == "olmo":
-            name = "molmo2_olmo"
     else:
+        source = _text_config(source)
         name = getattr(source, "model_type", "")
         name = name if name in families.FAMILIES else name.removesuffix("_text")
+        name = _FAMILY_OF_MODEL_TYPE.get(name, name)
+    if getattr(source, "qk_norm_type", None) == "olmo":
+        name = "molmo2_olmo"
     if name not in families.FAMILIES:
         reason = families.NOT_COVERED.get(name, "it is no family this version knows")
         raise ValueError(
@@ -53,31 +75,46 @@ def family_of(source: Any) -> str:
 
 
 def qk_norm(
-    source: Any, *, rounding: Literal["family", "fused"] = "family", rope: bool | None = None, **options: Any
+    source: Any,
+    *,
+    layer_idx: int | None = None,
+    rounding: Literal["family", "fused"] = "family",
+    rope: bool | None = None,
+    **options: Any,
 ) -> QKNorm:
     """The QKNorm that does what a transformers attention does between its projections and its kernel.
 
     Args:
         source: an attention module, whose norm weights the result then shares (the same Parameters; stacked copies
-            where the module keeps one per head); or a config, for a QKNorm with fresh weights.
+            where the module keeps one per head); or a config, for a QKNorm with fresh weights. What a config does
+            not say is refused, never guessed; a composite config stands for its text_config.
+        layer_idx: which layer's, for a config whose layers differ. A module knows its own.
         rounding: "family", bit for bit, or "fused", see families.qk_norm.
         rope: False for a layer without RoPE, where the module cannot tell by itself.
-        **options: further arguments of QKNorm, layout first of all: before their norms transformers' q and k are
-            [B, T, H, D], the default.
+        **options: further arguments of families.qk_norm and QKNorm, in place of what is read; layout first of all:
+            before their norms transformers' q and k are [B, T, H, D], the default.
+
+    A module without a norm of k (layers that share an earlier layer's keys) gets k_norm None: use its q alone. The
+    tables of a scaled RoPE ("yarn", "llama3") are the model's own rotary module's, not RopeSpec.tables'.
 
     Raises:
-        ValueError: for what is no known attention or config.
+        ValueError: for what is no known attention or config, for one whose QK-norm is switched off, and for a config
+            that leaves a norm, multiplier, scale, θ or number of rotated dims open.
     """
     name = family_of(source)
     family = families.get(name)
-    config = source
-    if isinstance(source, nn.Module):
-        config = getattr(source, "config", None)
-    read = _Reader(source, config)
+    read = _Reader(source, family, layer_idx)
+    read.check(options)
     head_dim = read.head_dim()
-    turns = read.turns() if rope is None else rope
-    options.setdefault("softmax_scale", read.softmax_scale(family))
-    options.setdefault("multiplier", read.multiplier(name))
+    turns = (read.turns() if rope is None else rope) and family.rope is not None
+    if "softmax_scale" not in options:
+        options["softmax_scale"] = read.softmax_scale()
+    if "multiplier" not in options:
+        options["multiplier"] = read.multiplier()
+    if turns and "rope_base" not in options:
+        options["rope_base"] = read.rope_base()
+    if turns and "rope_dim" not in options:
+        options["rope_dim"] = read.rope_dim(head_dim)
     if name == "dots3_note":
         options.setdefault("over", (read.part("qk_nope_head_dim"), head_dim))
     made = families.qk_norm(
@@ -86,30 +123,39 @@ def qk_norm(
         num_heads=read.num_heads(),
         num_kv_heads=read.num_kv_heads(),
         rounding=rounding,
-        eps=read.eps(family),
+        eps=read.eps(),
         rope=turns,
-        rope_dim=read.rope_dim(head_dim, family),
         **options,
     )
     if isinstance(source, nn.Module):
-        for ours, attribute in ((made.q_norm, family.attributes[0]), (made.k_norm, family.attributes[1])):
+        for side, attribute in zip(("q_norm", "k_norm"), family.attributes, strict=True):
+            ours, theirs = getattr(made, side), _norm_of(source, attribute)
             if isinstance(ours, StatisticNorm) and ours.weight is not None:
-                _share(ours, getattr(source, attribute))
+                if theirs is None:
+                    setattr(made, side, None)
+                else:
+                    _share(ours, theirs)
             elif isinstance(ours, L2Clip):
-                theirs = getattr(source, attribute)
                 ours.max_norm = theirs.threshold
                 ours.weight = getattr(theirs, "scale", None)
     return made
 
 
-def v_norm(source: Any, *, rounding: Literal["family", "fused"] = "family") -> nn.Module | None:
-    """The norm an attention applies to v, None if it has none."""
-    made = families.v_norm(
-        family_of(source), _Reader(source, getattr(source, "config", None)).head_dim(), rounding=rounding
-    )
+def v_norm(
+    source: Any, *, layer_idx: int | None = None, rounding: Literal["family", "fused"] = "family"
+) -> nn.Module | None:
+    """The norm an attention applies to v, None if it has none; of a config, with its eps. See qk_norm."""
+    family = families.get(family_of(source))
+    read = _Reader(source, family, layer_idx)
+    theirs = _norm_of(source, "v_norm")
+    if family.v is None or (read.module is not None and theirs is None):
+        return None
+    made = families.v_norm(family.name, read.head_dim(), rounding=rounding)
     if isinstance(made, StatisticNorm):
-        made.spec = dataclasses.replace(made.spec, eps=_eps_of(source.v_norm))
-        _share(made, source.v_norm)
+        eps = read.eps_in_config() if theirs is None else _eps_of(theirs)
+        made.spec = made.spec if eps is None else dataclasses.replace(made.spec, eps=eps)
+        if theirs is not None:
+            _share(made, theirs)
     return made
 
 
@@ -117,15 +163,17 @@ def latent_norm(source: Any, attribute: str, *, rounding: Literal["family", "fus
     """The plain norm that does what an attention does to one of its low-rank latents, sharing its weight.
 
     Args:
-        source: the attention.
+        source: the attention module.
         attribute: the name of its own norm: "q_a_layernorm", "kv_a_layernorm".
         rounding: see families.qk_norm.
 
     Raises:
-        ValueError: for an attention without latents.
+        ValueError: for a config, and for an attention without this latent.
     """
-    theirs = getattr(source, attribute)
     name = family_of(source)
+    theirs = _norm_of(source, attribute)
+    if theirs is None:
+        raise ValueError(f"{type(source).__name__} has no norm {attribute!r}; give an attention module that has")
     made = families.latent_norm(name, theirs.weight.shape[-1], eps=_eps_of(theirs), rounding=rounding)
     if not isinstance(made, StatisticNorm):
         raise ValueError(f"{type(source).__name__} has no latent norms")
@@ -140,11 +188,59 @@ def latent_norm(source: Any, attribute: str, *, rounding: Literal["family", "fus
 class _Reader:
     """What a module or a config says of itself, under the several names transformers has for it."""
 
-    def __init__(self, source: Any, config: Any):
+    def __init__(self, source: Any, family: families.Family, layer_idx: int | None = None):
+        self.family = family
         self.module: Any = source if isinstance(source, nn.Module) else None
+        config: Any = getattr(source, "config", None) if self.module is not None else _text_config(source)
+        self.name = type(config if self.module is None else source).__name__
+        self.layer = getattr(self.module, "layer_idx", None) if layer_idx is None else layer_idx
         layers = getattr(config, "per_layer_config", None)
-        layer = getattr(self.module, "layer_idx", None)
-        self.config = config if not layers or layer is None else layers[layer]
+        if self.layer is None and self.module is None and getattr(config, "is_heterogeneous", False):
+            raise self.refusal("its layers differ", "give layer_idx, or the attention module")
+        self.config: Any = config if not layers or self.layer is None else layers[self.layer]
+        kinds = getattr(self.config, "layer_types", None)
+        self.kind = kinds[self.layer] if kinds and self.layer is not None else None
+
+    def refusal(self, why: str, advice: str = _GIVE_THE_MODULE) -> ValueError:
+        """The error for what cannot be read."""
+        return ValueError(f"no QK-norm can be read from {self.name}: {why}; {advice}")
+
+    def check(self, options: dict[str, Any]) -> None:
+        """Refuse what has no norm, and a config that does not say which."""
+        family, module, config = self.family, self.module, self.config
+        if module is not None:
+            carries = any(norm is not None and norm.weight != "none" for norm in (family.q, family.k))
+            if (carries or hasattr(module, "qk_norm")) and not any(_norm_of(module, a) for a in family.attributes):
+                raise self.refusal(f"it has no {' and no '.join(family.attributes)}", "its QK-norm is switched off")
+            if type(module).__name__ == "Llama4TextAttention" and module.use_rope and not hasattr(module, "qk_norm"):
+                raise self.refusal("it has no qk_norm", "its QK-norm is switched off")
+            return
+        for switch in _SWITCHES:
+            if getattr(config, switch, True) is False:
+                raise self.refusal(f"{switch} is False", f"its QK-norm is switched off; {switch}=True has one")
+        if family.factor is not None and "multiplier" not in options:
+            raise self.refusal(f"its attention multiplies q by {family.multiplier}")
+        if self.kind in ("linear_attention", "conv", "recurrent"):
+            raise self.refusal(f"layer {self.layer} is {self.kind}", "give a layer_idx of an attention")
+        crossing = getattr(config, "cross_attention_layers", None)
+        if family.name == "mllama" and self.layer is not None and self.layer not in (crossing or ()):
+            raise self.refusal(f"layer {self.layer} is no cross-attention", f"those are {crossing}")
+        if family.name == "janus" and config.num_attention_heads != 1:
+            raise self.refusal("its attention fails with more than one head", "its norm spans all heads and gets one")
+        self._check_layer()
+
+    def _check_layer(self) -> None:
+        shared = getattr(self.config, "num_kv_shared_layers", 0) or 0
+        if shared and (self.layer is None or self.layer >= self.config.num_hidden_layers - shared):
+            raise self.refusal("some of its layers take the keys of others")
+        if self.family.name == "llama4":
+            turning = self.config.no_rope_layers
+            if not (all(turning) if self.layer is None else turning[self.layer]):
+                raise self.refusal("layers without RoPE have no norm and a multiplier")
+        for name in ("num_attention_heads_per_layer", "num_key_value_heads_per_layer"):
+            counts = getattr(self.config, name, None)
+            if counts and len(set(counts)) > 1:
+                raise self.refusal(f"{name} differ")
 
     def part(self, *names: str) -> Any:
         """The first of these that the module, or else the config, has."""
@@ -155,9 +251,25 @@ class _Reader:
                     return value
         return None
 
+    def declared(self, name: str) -> Any:
+        """A config's own value; None for what was merely passed to it, which it keeps and its module never reads."""
+        kind = type(self.config)
+        fields = getattr(kind, "__dataclass_fields__", {})
+        known = name in fields or name in getattr(kind, "attribute_map", {}) or hasattr(kind, name)
+        return getattr(self.config, name, None) if known else None
+
     def head_dim(self) -> int:
-        dim = self.part("qk_head_dim", "head_dim", "attention_head_size")
-        return dim if dim is not None else self.part("hidden_size") // self.part("num_attention_heads")
+        dim = self.part("qk_head_dim")
+        if dim is None and self.module is None and self.family.latent is not None:  # there head_dim may be one part
+            parts = [getattr(self.config, f"qk_{name}_head_dim", None) for name in ("nope", "rope")]
+            dim = None if None in parts else sum(parts)
+        dim = self.part("head_dim", "attention_head_size") if dim is None else dim
+        if dim is None:
+            width, heads = self.part("hidden_size"), self.part("num_attention_heads")
+            if width is None or heads is None:
+                raise self.refusal("it has no head_dim", "give the config of its text model, or the attention module")
+            dim = width // heads
+        return dim
 
     def num_heads(self) -> int | None:
         return self._full_width("q_norm") or self.part("num_heads", "num_attention_heads")
@@ -167,7 +279,8 @@ class _Reader:
         projection = getattr(projection, "linear", projection)
         if isinstance(projection, nn.Linear):
             return projection.out_features // self.head_dim()
-        return self._full_width("k_norm") or self.part("num_key_value_heads") or self.num_heads()
+        own = self._full_width("k_norm") or getattr(self.module, "num_key_value_heads", None)
+        return own or self.declared("num_key_value_heads") or self.num_heads()
 
     def _full_width(self, attribute: str) -> int | None:
         """The number of heads that a norm over all of them spans, None for any other."""
@@ -179,7 +292,13 @@ class _Reader:
     def turns(self) -> bool:
         m = self.module
         if m is None:
-            return True
+            sliding = getattr(self.config, "sliding_window", None) is not None
+            kinds = set(getattr(self.config, "layer_types", None) or ())
+            if self.family.name not in _SLIDING_LAYERS_TURN or not sliding or kinds == {"sliding_attention"}:
+                return True
+            if self.kind is None:
+                raise self.refusal("some of its layers have no RoPE", "give layer_idx, rope=True or rope=False")
+            return self.kind == "sliding_attention"
         if hasattr(m, "use_rope"):
             return bool(m.use_rope)
         kind = type(m).__name__
@@ -191,39 +310,76 @@ class _Reader:
             return m.sliding_window is None or bool(m.is_sliding)
         return True
 
-    def rope_dim(self, head_dim: int, family: families.Family) -> int | None:
+    def rope_parameters(self) -> dict[str, Any]:
+        """Those of this layer; empty where there are none or the layers' differ and it is not known which this is."""
+        parameters = getattr(self.config, "rope_parameters", None) or {}
+        if any(isinstance(value, dict) for value in parameters.values()):  # per kind of layer
+            kinds = {self.kind} if self.kind else set(getattr(self.config, "layer_types", None) or ())
+            found = [parameters.get(kind) or {} for kind in kinds]
+            return found[0] if found and all(each == found[0] for each in found) else {}
+        return parameters
+
+    def rope_base(self) -> float:
+        parameters = self.rope_parameters()
+        theta = parameters.get("rope_theta")
+        if self.module is not None:
+            return float(theta) if theta is not None else 10000.0
+        if theta is None:
+            raise self.refusal(
+                "one rope_theta for all its layers is not in it", "give layer_idx, rope_base=, or the attention module"
+            )
+        if parameters.get("rope_type", "default") != "default":
+            raise self.refusal(f"its RoPE is {parameters['rope_type']!r}, which one base does not describe")
+        return float(theta)
+
+    def rope_dim(self, head_dim: int) -> int:
         part = self.part("qk_rope_head_dim", "rotary_ndims", "rotary_dim")
         if part is not None:
             return part
-        parameters = getattr(self.config, "rope_parameters", None) or {}
-        kinds = getattr(self.config, "layer_types", None)
-        if self.module is not None and kinds and isinstance(parameters.get(kinds[0]), dict):  # per kind of layer
-            parameters = parameters.get(kinds[getattr(self.module, "layer_idx", 0)]) or {}
-        share = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
-        share = share if share is not None else getattr(self.config, "partial_rotary_factor", None)
+        parameters = self.rope_parameters()
+        share = parameters.get("partial_rotary_factor", getattr(self.config, "partial_rotary_factor", None))
         # "proportional" RoPE turns all pairs, some by angle 0
-        proportional = isinstance(parameters, dict) and parameters.get("rope_type") == "proportional"
+        proportional = parameters.get("rope_type") == "proportional"
         return head_dim if share is None or proportional else int(head_dim * share)
 
-    def softmax_scale(self, family: families.Family) -> Any:
+    def softmax_scale(self) -> Any:
         scaling = getattr(self.module, "scaling", None)
         if isinstance(scaling, float | int):
             return "rsqrt" if math.isclose(scaling, self.head_dim() ** -0.5) else scaling
+        scale = self.family.softmax_scale
         scalar = getattr(self.config, "query_pre_attn_scalar", None)
-        if family.softmax_scale == "query_pre_attn_scalar" and scalar is not None:
+        if scale == "query_pre_attn_scalar" and scalar is not None:
             return scalar**-0.5
-        return families.softmax_scale(family, self.head_dim())
+        latent = self.family.latent is not None and isinstance(scale, str)
+        if latent and (self.rope_parameters().get("rope_type") or "default") == "default":
+            return "rsqrt"  # without yarn there is no mscale
+        try:
+            return families.softmax_scale(self.family, self.head_dim())
+        except ValueError as error:
+            raise self.refusal(str(error)) from None
 
-    def eps(self, family: families.Family) -> float | None:
-        if self.module is not None:
-            norm = getattr(self.module, family.attributes[1], None)
-            return None if norm is None or family.k is None or family.k.eps is None else _eps_of(norm)
+    def eps(self) -> float | None:
+        family = self.family
         if family.k is None or family.k.eps is None:
             return None
-        return self.part("layer_norm_eps" if family.k.statistic == "layer" else "rms_norm_eps", "norm_eps")
+        if self.module is None:
+            return self.eps_in_config()
+        norm = _norm_of(self.module, family.attributes[1]) or _norm_of(self.module, family.attributes[0])
+        return None if norm is None else _eps_of(norm)
 
-    def multiplier(self, name: str) -> Any:
-        m, config = self.module, self.config
+    def eps_in_config(self) -> float | None:
+        """None for the family's default."""
+        if self.family.name in _EPS_OF_THE_CLASS:
+            return None
+        layer = self.family.k is not None and self.family.k.statistic == "layer"
+        for name in ("layer_norm_eps" if layer else "rms_norm_eps", "norm_eps"):
+            eps = self.declared(name)
+            if eps is not None:
+                return eps
+        return None
+
+    def multiplier(self) -> Any:
+        name, m, config = self.family.name, self.module, self.config
         if m is None:
             return None
         if name.startswith("inkling") and not m.is_sliding and config.log_scaling_n_floor is not None:
@@ -246,6 +402,18 @@ class _Reader:
             made.weight = nn.Parameter(m.logit_scale.detach().reshape(-1, 1))
             return made
         return None
+
+
+def _text_config(config: Any) -> Any:
+    """The text model's config of a composite one."""
+    text = getattr(config, "text_config", None)
+    return config if text is None else text
+
+
+def _norm_of(source: Any, attribute: str) -> Any:
+    """That norm of a module, None where it has none or an identity in its place."""
+    norm = getattr(source, attribute, None) if attribute else None
+    return norm if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) else None
 
 
 def _eps_of(norm: Any) -> float | None:

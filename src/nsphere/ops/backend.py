@@ -93,6 +93,12 @@ def asked_by_environment() -> str | None:
     return os.environ.get("NSPHERE_BACKEND") or None
 
 
+def check_name(backend: str) -> None:
+    """Raises ValueError for the name of no backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
+
+
 def choose(device: torch.device, asked: str | None = None, *, has_triton_kernel: bool = False) -> str:
     """The backend for an op on this device.
 
@@ -111,8 +117,7 @@ def choose(device: torch.device, asked: str | None = None, *, has_triton_kernel:
 @functools.cache
 def _choose(device_type: str, asked: str | None, has_triton_kernel: bool) -> str:
     if asked is not None:
-        if asked not in BACKENDS:
-            raise ValueError(f"unknown backend {asked!r}; choose from {', '.join(BACKENDS)}")
+        check_name(asked)
         reason = why_not(asked, device_type, has_triton_kernel=has_triton_kernel)
         if reason is not None:
             raise RuntimeError(f"the backend {asked!r} was asked for and cannot run: {reason}")

@@ -4,7 +4,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -31,14 +31,14 @@ class StepProgress:
         self._bar: Progress | None = None
 
     def __enter__(self) -> "StepProgress":
-        self._began = time.perf_counter()
+        self._began, self._first = time.perf_counter(), self.start
         if console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                TimeElapsedColumn(),
                 console=console,
             )
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.start, text="")
@@ -47,12 +47,15 @@ class StepProgress:
 
     def update(self, step: int, text: str) -> None:
         """Show that `step` steps are done; `text` says how it goes."""
+        if step == self.start + 1:  # the first step compiles: it says nothing about the rest
+            self._began, self._first = time.perf_counter(), step
+        done = step - self._first
+        left = (time.perf_counter() - self._began) / done * (self.total - step) if done else None
+        eta = "ETA –" if left is None else f"ETA {duration(left)}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
+            self._bar.update(self._task, completed=step, text=f"{text}  {eta}")
         elif step % self.every == 0 or step == self.total:
-            elapsed = time.perf_counter() - self._began
-            left = elapsed / max(1, step - self.start) * (self.total - step)
-            console.print(f"{self.title}: step {step}/{self.total}  {text}  ETA {duration(left)}", markup=False)
+            console.print(f"{self.title}: step {step}/{self.total}  {text}  {eta}", markup=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -241,7 +241,7 @@ def _decode(path: Path, piece: bytes, position: int) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text: byte 0x{piece[error.start]:02x} at position {position + error.start}; "
-            f"convert it, for example with iconv, or leave it out"
+            "convert it, for example with iconv, or leave it out (of a folder, with --file-pattern '*.txt', say)"
         ) from error
 
 

@@ -48,6 +48,23 @@ def token_paths(path: Path) -> tuple[list[Path], list[Path]]:
     return train, val
 
 
+def _refuse_wider_numbers(path: Path, dtype: TokenDtype, start: int, num_tokens: int) -> None:
+    """Refuse uint32 or int64 tokens read as uint16: every other number, or three of four, would be 0.
+
+    Raises:
+        ValueError: that is so at the head of the file.
+    """
+    if dtype != "uint16" or num_tokens < 64:
+        return
+    with open(path, "rb") as file:
+        file.seek(start)
+        head = np.frombuffer(file.read(1 << 17), dtype="<u2")
+    if head.any() and not head[1::2].any():
+        wider = "int64" if not head[2::4].any() else "uint32"
+        advice = "give --token-dtype uint32" if wider == "uint32" else "write it again as uint16 or uint32"
+        raise ValueError(f"{path} looks like {wider} tokens, read as uint16 every second token would be 0; {advice}")
+
+
 def open_tokens(path: Path, dtype: TokenDtype) -> Tokens:
     """Map a token file.
 
@@ -76,6 +93,7 @@ def open_tokens(path: Path, dtype: TokenDtype) -> Tokens:
         )
     # A plain array over the map: a slice of np.memmap itself costs several times as much.
     little_endian = np.dtype(dtype).newbyteorder("<")
+    _refuse_wider_numbers(path, dtype, start, num_tokens)
     return np.asarray(np.memmap(path, dtype=little_endian, mode="r", offset=start, shape=num_tokens))
 
 

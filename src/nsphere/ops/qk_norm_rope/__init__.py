@@ -12,6 +12,8 @@ __all__ = ["SideSpec", "SideTensors", "qk_norm_rope"]
 # Below this many elements of q a call costs less than the compiler's own: eager code then runs op by op.
 MIN_COMPILED_ELEMENTS = 1 << 18
 
+_TRACED = "a larger graph traces and compiles the reference"
+
 
 def qk_norm_rope(
     q: Tensor,
@@ -42,7 +44,14 @@ def qk_norm_rope(
         ValueError: for an unknown backend.
         RuntimeError: for a backend that was asked for and cannot run.
     """
-    if _plain(q, k, q_tensors, k_tensors, q_spec, k_spec):
+    if backend is not None:
+        backends.check_name(backend)
+    if backend == "triton":
+        raise RuntimeError("the backend 'triton' was asked for and cannot run: this op has no Triton kernel")
+    reason = _plain(q, k, q_tensors, k_tensors, q_spec, k_spec)
+    if reason is not None:
+        if backend == "compiled" and reason != _TRACED:
+            raise RuntimeError(f"the backend 'compiled' was asked for and cannot run: {reason}")
         return reference.forward(q, q_tensors, q_spec)[0], reference.forward(k, k_tensors, k_spec)[0]
     asked = backend or backends.asked_by_environment()
     chosen = backends.choose(q.device, asked)
@@ -54,15 +63,19 @@ def qk_norm_rope(
     return lean.run((q, k), (q_tensors, k_tensors), plan)
 
 
-def _plain(q: Tensor, k: Tensor, q_t: SideTensors, k_t: SideTensors, q_spec: SideSpec, k_spec: SideSpec) -> bool:
-    """Whether the reference must run as it is: traced by a larger graph, transformed, or not a plain tensor."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
+def _plain(q: Tensor, k: Tensor, q_t: SideTensors, k_t: SideTensors, q_spec: SideSpec, k_spec: SideSpec) -> str | None:
+    """Why the reference must run as it is, None where nothing stands against the others."""
+    if torch.compiler.is_compiling():
+        return _TRACED
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms take the reference"
     if isinstance(q_spec.over, tuple) or isinstance(k_spec.over, tuple):
-        return True
+        return "over a slice of the head there is the reference alone"
     tables = (q_t.cos, q_t.sin, k_t.cos, k_t.sin)
     if any(t is not None and t.requires_grad for t in tables):
-        return True
+        return "RoPE tables that need a gradient take the reference"
     weights = (q_t.weight, q_t.bias, q_t.multiplier, k_t.weight, k_t.bias, k_t.multiplier)
     every = (q, k, *tables, *weights)
-    return q.is_meta or any(type(t) not in (Tensor, torch.nn.Parameter) for t in every if t is not None)
+    if q.is_meta or any(type(t) not in (Tensor, torch.nn.Parameter) for t in every if t is not None):
+        return "meta tensors and subclasses of Tensor take the reference"
+    return None

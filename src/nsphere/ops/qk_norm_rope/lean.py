@@ -8,6 +8,7 @@ reference and fuses it.
 import dataclasses
 import functools
 import itertools
+import logging
 import types
 import weakref
 from collections.abc import Callable
@@ -22,7 +23,15 @@ from nsphere.ops.qk_norm_rope import reference
 from nsphere.ops.qk_norm_rope.reference import SideSpec, SideTensors
 from nsphere.rope import RopeSpec
 
+logger = logging.getLogger("nsphere")
+
 Flat = tuple[Tensor | None, ...]
+# How many leading dims of each argument are batch or length; a negative number counts the trailing dims that are not.
+_FREE_OF_SIDE = (0, 0, -1, -1, -2)
+_FREE_FORWARD = (2, 2, *_FREE_OF_SIDE, *_FREE_OF_SIDE)
+_FREE_BACKWARD = (2, 2, -2, -2, 2, 2, 2, 2, *_FREE_OF_SIDE, *_FREE_OF_SIDE)
+# Plans, and ways to lay out their tensors, whose code is kept; a program has a few of each.
+_MAX_PLANS, _MAX_KINDS = 256, 32
 _NUM_FIELDS = len(dataclasses.fields(SideTensors))
 _serial = itertools.count()
 _undo_factors: Any = WeakIdKeyDictionary()
@@ -44,7 +53,7 @@ def run(sides: tuple[Tensor, Tensor], tensors: tuple[SideTensors, SideTensors], 
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*sides, *flat)):
         return _Function.apply(*sides, plan, *flat)
     with torch.autocast(sides[0].device.type, enabled=False), torch.no_grad():
-        q, k, _, _ = _functions(plan)[0](*sides, *flat)
+        q, k, _, _ = _forward(plan)(*sides, *flat)
     return q, k
 
 
@@ -53,7 +62,7 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, plan: Plan, *flat: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.plan = plan
         with torch.autocast(q.device.type, enabled=False):
-            q_out, k_out, q_inverse, k_inverse = _functions(plan)[0](q, k, *flat)
+            q_out, k_out, q_inverse, k_inverse = _forward(plan)(q, k, *flat)
         kept = [
             _kept(x, y, t, spec) for x, y, t, spec in zip((q, k), (q_out, k_out), _sides(flat), plan.specs, strict=True)
         ]
@@ -70,7 +79,8 @@ class _Function(torch.autograd.Function):
                 _undo(t, spec, head_dim, compute_dtype(q_grad), plan.compiled)
                 for t, spec, (_, head_dim) in zip(_sides(flat), plan.specs, plan.shapes, strict=True)
             ]
-            (dq, *q_rest), (dk, *k_rest) = _functions(plan)[1](q_grad, k_grad, *undo, *saved)
+            wanted = tuple(t is not None and n for t, n in zip(flat, ctx.needs_input_grad[3:], strict=True))
+            (dq, *q_rest), (dk, *k_rest) = _backward(plan, wanted)(q_grad, k_grad, *undo, *saved)
         grads = (*_spread(q_rest), *_spread(k_rest))
         grads = tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, flat, strict=True))
         return dq, dk, None, *grads
@@ -97,7 +107,7 @@ def _undo_function(rope: RopeSpec, head_dim: int, dtype: torch.dtype, compiled: 
     def undo(cos: Tensor, sin: Tensor) -> Tensor:
         return reference.undo_factors(cos, sin, rope, head_dim, dtype)
 
-    return _compile(undo) if compiled else undo
+    return _compile(undo, (-1, -1)) if compiled else undo
 
 
 def _kept(x: Tensor, y: Tensor, t: SideTensors, spec: SideSpec) -> Tensor | None:
@@ -119,53 +129,94 @@ def _sides(flat: Flat) -> tuple[SideTensors, SideTensors]:
     return SideTensors(*flat[:_NUM_FIELDS]), SideTensors(*flat[_NUM_FIELDS:])
 
 
-@functools.cache
-def _functions(plan: Plan) -> tuple[Callable[..., Any], Callable[..., Any]]:
+@functools.lru_cache(_MAX_PLANS)
+def _forward(plan: Plan) -> Callable[..., Any]:
     def forward(q: Tensor, k: Tensor, *flat: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         q_side, k_side = _sides(flat)
         q, q_inverse = reference.forward(q, q_side, plan.specs[0])
         k, k_inverse = reference.forward(k, k_side, plan.specs[1])
         return q, k, q_inverse, k_inverse
 
+    return _compile(forward, _FREE_FORWARD) if plan.compiled else forward
+
+
+@functools.lru_cache(_MAX_PLANS)
+def _backward(plan: Plan, wanted: tuple[bool, ...]) -> Callable[..., Any]:
+    """The backward that computes the gradients that are wanted, besides those of q and k."""
+    q_wanted, k_wanted = ((w, b, m) for w, b, _, _, m in (wanted[:_NUM_FIELDS], wanted[_NUM_FIELDS:]))
+
     def backward(q_grad: Tensor, k_grad: Tensor, *rest: Tensor | None) -> tuple[Flat, Flat]:
         q_undo, k_undo, q_kept, k_kept, q_inverse, k_inverse, *flat = rest
         q_side, k_side = _sides(tuple(flat))
         return (
-            reference.backward(q_grad, q_kept, q_inverse, q_side, plan.specs[0], q_undo),
-            reference.backward(k_grad, k_kept, k_inverse, k_side, plan.specs[1], k_undo),
+            reference.backward(q_grad, q_kept, q_inverse, q_side, plan.specs[0], q_undo, q_wanted),
+            reference.backward(k_grad, k_kept, k_inverse, k_side, plan.specs[1], k_undo, k_wanted),
         )
 
-    if not plan.compiled:
-        return forward, backward
-    return _compile(forward), _compile(backward)
+    return _compile(backward, _FREE_BACKWARD) if plan.compiled else backward
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], free: tuple[int, ...]) -> Callable[..., Any]:
+    """The function, compiled anew for every kind of arguments: dtype, rank, stride order, dims of one.
+
+    These are what the compiler specialises on, lengths aside; it counts variants per code object and fails at the
+    ninth. Tensors go in detached, so that it makes no difference between training and evaluation.
+    """
+    variants: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def call(*tensors: Tensor | None) -> Any:
+        detached = tuple(None if t is None else t.detach() for t in tensors)
+        kind = tuple(None if t is None else _kind(t) for t in detached)
+        if kind not in variants:
+            if len(variants) == _MAX_KINDS:
+                variants.pop(next(iter(variants)))
+            variants[kind] = _for_all_lengths(function, free)
+        with torch.no_grad():
+            return variants[kind](*detached)
+
+    return call
+
+
+def _kind(t: Tensor) -> tuple[Any, ...]:
+    sizes, strides = t.shape, t.stride()
+    longer = [i for i, n in enumerate(sizes) if n > 1]
+    order = sorted(longer, key=strides.__getitem__, reverse=True)
+    packed = all(strides[a] == sizes[b] * strides[b] for a, b in itertools.pairwise(order))
+    short = tuple(n if n < 2 else 2 for n in sizes)
+    spread = tuple(strides[i] == 0 for i in longer)
+    return t.dtype, t.device, t.is_inference(), short, tuple(order), packed, spread
+
+
+def _for_all_lengths(function: Callable[..., Any], free: tuple[int, ...]) -> Callable[..., Any]:
     """The function compiled twice at most: for the first lengths that come, and for all others together.
 
     Code for fixed lengths runs about 10% faster than code for any (CPU, D = 64), and most training has one length.
     """
     fixed, any_length = _own_compile(function), _own_compile(function)
     first: list[tuple[int, ...]] = []
+    gave_up: list[bool] = []
 
     def call(*tensors: Tensor | None) -> Any:
-        lengths = tuple(n for t in tensors if t is not None for n in t.shape[: _num_free(t)])
+        if gave_up:
+            return function(*tensors)
+        free_dims = [
+            0 if t is None else n if n >= 0 else max(t.dim() + n, 0) for t, n in zip(tensors, free, strict=True)
+        ]
+        lengths = tuple(n for t, m in zip(tensors, free_dims, strict=True) if t is not None for n in t.shape[:m])
         if not first:
             first.append(lengths)
-        if lengths == first[0]:
-            return fixed(*tensors)
-        for t in tensors:
-            if t is not None:
-                for dim in range(_num_free(t)):
+        if lengths != first[0]:
+            for t, m in zip(tensors, free_dims, strict=True):
+                for dim in range(m):
                     torch._dynamo.maybe_mark_dynamic(t, dim)
-        return any_length(*tensors)
+        try:
+            return (fixed if lengths == first[0] else any_length)(*tensors)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            gave_up.append(True)
+            logger.warning("nsphere: too many variants of %s to compile; it runs op by op now", function.__qualname__)
+            return function(*tensors)
 
     return call
-
-
-def _num_free(t: Tensor) -> int:
-    """How many leading dims are batch or length: two of [B, T, H, D], one of [T, R/2], none of a weight."""
-    return 0 if t.dim() < 2 or isinstance(t, torch.nn.Parameter) else max(t.dim() - 2, 1)
 
 
 def _own_compile(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ Shape legend: x is [B, T, H, D]; R rotated dims. Everything is fp32 inside (fp64
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ def backward(
     t: SideTensors,
     spec: SideSpec,
     undo: Tensor | None = None,
+    wanted: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, weight, bias and multiplier.
 
@@ -93,6 +95,7 @@ def backward(
         t: as in `forward`.
         spec: as in `forward`; over a slice it is not supported.
         undo: what `undo_factors` returns, where it was made before.
+        wanted: whether the gradients of weight, bias and multiplier are; what is not is None.
     """
     dtype, wide = grad.dtype, compute_dtype(grad)
     grad = grad.to(wide)
@@ -105,7 +108,7 @@ def backward(
 
     if spec.norm is None:
         dm = None
-        if t.multiplier is not None and saved is not None:
+        if t.multiplier is not None and saved is not None and wanted[2]:
             dm = _sum_to(grad * turn(saved.to(wide)) * spec.constant, t.multiplier)
         return turn(_multiply(grad, t.multiplier, spec.constant), back=True).to(dtype), None, None, dm
 
@@ -113,12 +116,20 @@ def backward(
     assert saved is not None and inverse is not None
     saved = saved.to(wide)
 
-    def along(product: Tensor, dims: tuple[int, ...]) -> Tensor:
-        """How much of u · x̂ the statistic takes away again."""
-        taken = product.sum(dims, keepdim=True) if norm.statistic == "l2" else product.mean(dims, keepdim=True)
+    def over_row(product: Tensor, dims: tuple[int, ...]) -> Tensor:
+        return product.sum(dims, keepdim=True) if norm.statistic == "l2" else product.mean(dims, keepdim=True)
+
+    def along(product: Tensor, squares: Callable[[], Tensor], dims: tuple[int, ...]) -> Tensor:
+        """How much of u · x̂ the statistic takes away again; `squares` are those of x̂."""
+        taken = over_row(product, dims)
         if norm.eps_place == "clamp" and eps > 0:
-            return torch.where(inverse < 1 / eps, taken, 0.0)
-        return taken / (1 - eps * inverse) if norm.eps_place == "added" else taken
+            # a clamped row's 1/root is 1/eps but for rounding, which differs between compilers
+            return torch.where(inverse < (1 - 4 * torch.finfo(wide).eps) / eps, taken, 0.0)
+        if norm.eps_place == "added" and eps > 0:
+            # √s / (√s + eps) from x̂ itself: 1 - eps/root cancels in short rows
+            share = over_row(squares(), dims).sqrt()
+            return torch.where(share > 0, taken / share, 0.0)
+        return taken
 
     if from_output(spec, t) and spec.norm_first and isinstance(spec.over, str):
         # R turns within what a statistic spans, so u · x̂ = grad · y, and one rotation takes back both terms of dx
@@ -126,7 +137,11 @@ def backward(
         if undo is None and rope is not None and cos is not None and sin is not None:
             undo = undo_factors(cos, sin, rope, grad.shape[-1], wide)
         product, dims = groups(grad * saved, spec.over)
-        part = (along(product, dims) / constant) * saved
+
+        def squares() -> Tensor:
+            return groups(saved * (saved if undo is None else saved * undo), spec.over)[0] / constant**2
+
+        part = (along(product, squares, dims) / constant) * saved
         dx = turn(grad * constant - (part if undo is None else part * undo), back=True)
         if norm.statistic == "layer":
             dx = dx - dx.mean(dims, keepdim=True)
@@ -149,16 +164,18 @@ def backward(
 
     dw = db = dm = None
     if t.weight is not None and factor is not None:
-        dw = _sum_to(u * standard * norm.scale, factor).reshape(t.weight.shape)
-        db = None if t.bias is None else _sum_to(u, factor).reshape(t.bias.shape)
+        if wanted[0]:
+            dw = _sum_to(u * standard * norm.scale, factor).reshape(t.weight.shape)
+        if t.bias is not None and wanted[1]:
+            db = _sum_to(u, factor).reshape(t.bias.shape)
     factor = 1 + factor if factor is not None and norm.zero_centered else factor
-    if t.multiplier is not None:
+    if t.multiplier is not None and wanted[2]:
         before = _affine(standard, factor, broadcast(t.bias, spec, grad.shape, wide), norm.scale)
         before = before.reshape(grad.shape)
         dm = _sum_to(grad * (turn(before) if spec.norm_first else before) * spec.constant, t.multiplier)
 
     u = _affine(u, factor, None, norm.scale)
-    dx = u - standard * along(u * standard, dims)
+    dx = u - standard * along(u * standard, lambda: standard * standard, dims)
     if norm.statistic == "layer":
         dx = dx - u.mean(dims, keepdim=True)
     dx = (dx * inverse).reshape(grad.shape)
@@ -168,10 +185,12 @@ def backward(
 def undo_factors(cos: Tensor, sin: Tensor, rope: RopeSpec, head_dim: int, dtype: torch.dtype) -> Tensor:
     """1/(cos² + sin²) as [..., 1, D], which makes the transposed rotation the inverse one.
 
-    Tables that carry a factor (YaRN's) or were rounded (to bf16) are no exact rotation.
+    Tables that carry a factor (YaRN's) or were rounded (to bf16) are no exact rotation. A pair whose tables are
+    both 0, as padding has them, gives nothing back: its factor is 0.
     """
     ones = torch.ones((*cos.shape[:-1], 1, head_dim), dtype=dtype, device=cos.device)
-    return 1 / rotate(rotate(ones, cos, sin, rope, inverse=True), cos, sin, rope)
+    squares = rotate(rotate(ones, cos, sin, rope, inverse=True), cos, sin, rope)
+    return torch.where(squares == 0, 0.0, 1 / squares)
 
 
 def groups(x: Tensor, over: str | int | tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
