@@ -249,7 +249,7 @@ def test_recipes_are_told(two_seeds) -> None:
     assert summary["arms"]["ngpt"]["model"]["s_z_init"] == 10.0
     assert summary["arms"]["gpt"]["recipe"]["weight_decay"] == 0.1
     assert summary["arms"]["ngpt"]["recipe"]["weight_decay"] == 0.0
-    assert any("not from the paper's values" in limit for limit in summary["limits"])
+    assert any("unlike the paper's" in limit for limit in summary["limits"])
     assert summary["arms"]["ngpt"]["lr_source"] == "given"
 
 

@@ -405,10 +405,11 @@ class _Comparison:
         else:
             limits.append("Grid: learning rates are factors of 1.6 apart, and tuned with one seed.")
         limits.append("Choice: the same validation set chose the learning rates and gives the final losses.")
-        changed = PRESETS[config.preset].ngpt
-        if changed and any(parse_arm(arm).architecture == "ngpt" for arm in self.arms):
-            starts = ", ".join(f"{name} {value:g}" for name, value in changed.items())
-            limits.append(f"Starts: at this preset nGPT starts from {starts}, not from the paper's values.")
+        preset = PRESETS[config.preset]
+        if preset.ngpt and any(parse_arm(arm).architecture == "ngpt" for arm in self.arms):
+            starts = ", ".join(f"{name} {value:g}" for name, value in preset.ngpt.items())
+            warmup = " and warms up" if preset.ngpt_warmup else ""
+            limits.append(f"Recipe: at this preset nGPT starts from {starts}{warmup}, unlike the paper's.")
         if len(machines) > 1:
             limits.append(f"Machines: the runs were made under {'; '.join(sorted(machines))}.")
         return limits

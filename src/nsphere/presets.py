@@ -25,6 +25,8 @@ class Preset:
     eval_sequences: int
     ngpt: dict[str, Any] = field(default_factory=dict)
     """Fields of NGPTConfig that differ from the paper's at this size."""
+    ngpt_warmup: float = 0.0
+    """Share of the steps in which nGPT warms up; the paper's nGPT does not."""
     tuned_lr: dict[str, float] = field(default_factory=dict)
     """Peak learning rates by arm, from a sweep at this preset's own shape, steps, batch and the embedded text."""
 
@@ -54,6 +56,8 @@ PRESETS = {
         eval_sequences=256,
         # α = 0.05 and s_z = 1 start far from where they end, which costs a short run its first hundreds of steps
         ngpt={"eigen_lr_init": 0.25, "s_z_init": 10.0},
+        # which helps here, whatever the paper says of long runs: see docs/demo-sweep.md
+        ngpt_warmup=0.1,
         tuned_lr={"gpt": 6.3e-4, "gpt-qknorm": 6.3e-4, "ngpt": 2.5e-3},
     ),
     "gpt2-small": Preset(768, 12, 12, 1024, 50304, "the size of GPT-2 small", 20_000, 480, 16, 512),

@@ -14,6 +14,7 @@ def test_recipes_per_architecture() -> None:
     assert (ngpt.warmup_steps, ngpt.weight_decay) == (0, 0.0)
     assert (gpt.beta1, gpt.beta2, gpt.adam_eps, gpt.grad_clip, gpt.schedule) == (0.9, 0.95, 1e-8, 1.0, "cosine")
     assert resolve("gpt", TrainConfig(steps=600)).warmup_steps == 120
+    assert resolve("ngpt", TrainConfig(preset="demo", steps=300)).warmup_steps == 30
 
 
 def test_resolving_is_idempotent_and_complete() -> None:

@@ -51,7 +51,7 @@ class TrainConfig:
     decay_fraction: float = 0.2
     """Share of the steps in which wsd decays."""
     warmup_steps: int | None = None
-    """Steps of linear warmup; nGPT none, GPT a fifth of the run and at most 2000, if not given."""
+    """Steps of linear warmup; GPT a fifth of the run and at most 2000, nGPT none (in the demo a tenth), if not given."""
     weight_decay: float | None = None
     """Decoupled decay of matrices; nGPT 0, GPT 0.1, if not given."""
     beta1: float = 0.9
@@ -136,7 +136,7 @@ def resolve(arm_name: str, config: TrainConfig) -> TrainConfig:
         "steps": steps,
         "batch_size": preset.batch_size,
         "optimizer": "adamw",
-        "warmup_steps": 0 if is_ngpt else min(2000, steps // 5),
+        "warmup_steps": int(preset.ngpt_warmup * steps) if is_ngpt else min(2000, steps // 5),
         "weight_decay": 0.0 if is_ngpt else 0.1,
         "eval_every": max(1, steps // 20),
         "eval_sequences": preset.eval_sequences,
