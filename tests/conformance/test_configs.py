@@ -121,6 +121,9 @@ def test_composite_configs_stand_for_their_text_model():
         assert said(got) == said(text) and got.head_dim == config.text_config.head_dim
     with pytest.raises(ValueError, match="no QK-norm can be read from .*: it is no family this version knows"):
         hf.qk_norm(transformers.InternVLConfig())  # its text model has none
+    for name in ("Qwen3OmniMoeConfig", "T5Gemma2Config"):  # of several text models
+        with pytest.raises(ValueError, match=f"{name}: it has no head_dim; give the config of its text model"):
+            hf.qk_norm(getattr(transformers, name)())
 
 
 def test_layers_that_differ_ask_for_the_layer():
@@ -131,12 +134,30 @@ def test_layers_that_differ_ask_for_the_layer():
     with pytest.raises(ValueError, match="RoPE is 'proportional'"):
         hf.qk_norm(config, layer_idx=5)
     assert hf.qk_norm(config, layer_idx=5, rope=False).head_dim == 512
+    with pytest.raises(ValueError, match="layer_idx is 99; give one from 0 to 29"):
+        hf.qk_norm(config, layer_idx=99)
+    with pytest.raises(ValueError, match="layer 0 is linear_attention; give a layer_idx of an attention"):
+        hf.qk_norm(transformers.Qwen3NextConfig(), layer_idx=0)
     with pytest.raises(ValueError, match="layer 0 is no cross-attention"):
         hf.qk_norm(transformers.MllamaConfig().text_config, layer_idx=0)
     llama4 = transformers.Llama4TextConfig()
     assert llama4.no_rope_layers[2:4] == [1, 0] and hf.qk_norm(llama4, layer_idx=2).place == "after"
     with pytest.raises(ValueError, match="layers without RoPE have no norm and a multiplier"):
         hf.qk_norm(llama4, layer_idx=3)
+
+
+@pytest.mark.parametrize("window", [4, None])
+@pytest.mark.parametrize(("directory", "name"), [("exaone4", "Exaone4"), ("afmoe", "Afmoe"), ("flint", "Flint")])
+def test_which_layers_turn(directory, name, window):
+    modeling = pytest.importorskip(f"transformers.models.{directory}.modeling_{directory}")
+    kinds = ["sliding_attention", "full_attention"] * 3
+    config = tiny(f"{name}Config", sliding_window=window, layer_types=kinds, head_dim=16)
+    for layer in (0, 1):
+        module = hf.qk_norm(getattr(modeling, f"{name}Attention")(config, layer))
+        assert hf.qk_norm(config, layer_idx=layer).rope == module.rope
+    if window is not None:
+        with pytest.raises(ValueError, match="some of its layers have no RoPE; give layer_idx, rope=True or rope=Fal"):
+            hf.qk_norm(config)
 
 
 @pytest.mark.parametrize("family", ["inkling", "muse_glimmer", "timesfm2_5", "longcat_flash", "mistral4"])

@@ -492,7 +492,7 @@ def test_every_kind_of_call_is_compiled(caplog, monkeypatch):
             with torch.set_grad_enabled(train):
                 outputs = qk(q, k, rope=tables_for(qk.rope, t))
             if train:
-                sum(y.float().square().sum() for y in outputs).backward(retain_graph=True)
+                sum(y.float().pow(3).sum() for y in outputs).backward(retain_graph=True)
             got.append([*outputs, *([x.grad] if train else [])])
         for a, b in zip(*got, strict=True):
             assert error(a, b) <= 2 * floor(dtype)
@@ -507,7 +507,7 @@ def test_every_kind_of_call_is_compiled(caplog, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     for b, t in ((1, 5), (3, 1), (2, 9)):
         call(b, t, torch.float32, "packed", True)
-    assert not caplog.records
+    assert not [r for r in caplog.records if r.name == "nsphere"]
 
 
 def test_beyond_the_compilers_limit_the_plain_function_runs(monkeypatch, caplog):
@@ -522,7 +522,7 @@ def test_beyond_the_compilers_limit_the_plain_function_runs(monkeypatch, caplog)
     x = torch.randn(2, 3)
     for _ in range(2):
         assert torch.equal(double(x), 2 * x)
-    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert [r.levelname for r in caplog.records if r.name == "nsphere"] == ["WARNING"]
 
 
 def test_compiled_gradients_are_the_same_from_run_to_run():

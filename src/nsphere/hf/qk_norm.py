@@ -194,10 +194,14 @@ class _Reader:
         config: Any = getattr(source, "config", None) if self.module is not None else _text_config(source)
         self.name = type(config if self.module is None else source).__name__
         self.layer = getattr(self.module, "layer_idx", None) if layer_idx is None else layer_idx
-        layers = getattr(config, "per_layer_config", None)
-        if self.layer is None and self.module is None and getattr(config, "is_heterogeneous", False):
-            raise self.refusal("its layers differ", "give layer_idx, or the attention module")
-        self.config: Any = config if not layers or self.layer is None else layers[self.layer]
+        differ = getattr(config, "is_heterogeneous", False)
+        if self.module is None:
+            if differ and self.layer is None:
+                raise self.refusal("its layers differ", "give layer_idx, or the attention module")
+            count = getattr(config, "num_hidden_layers", None)
+            if None not in (self.layer, count) and not 0 <= self.layer < count:
+                raise self.refusal(f"layer_idx is {self.layer}", f"give one from 0 to {count - 1}")
+        self.config: Any = config.per_layer_config[self.layer] if differ and self.layer is not None else config
         kinds = getattr(self.config, "layer_types", None)
         self.kind = kinds[self.layer] if kinds and self.layer is not None else None
 
@@ -292,9 +296,11 @@ class _Reader:
     def turns(self) -> bool:
         m = self.module
         if m is None:
-            sliding = getattr(self.config, "sliding_window", None) is not None
-            kinds = set(getattr(self.config, "layer_types", None) or ())
-            if self.family.name not in _SLIDING_LAYERS_TURN or not sliding or kinds == {"sliding_attention"}:
+            if self.family.name not in _SLIDING_LAYERS_TURN:
+                return True
+            if getattr(self.config, "sliding_window", None) is None and self.family.name != "afmoe":
+                return self.family.name != "flint"
+            if set(getattr(self.config, "layer_types", None) or ()) == {"sliding_attention"}:
                 return True
             if self.kind is None:
                 raise self.refusal("some of its layers have no RoPE", "give layer_idx, rope=True or rope=False")

@@ -51,7 +51,7 @@ class TrainConfig:
     decay_fraction: float = 0.2
     """Share of the steps in which wsd decays."""
     warmup_steps: int | None = None
-    """Steps of linear warmup; GPT a fifth of the run and at most 2000, nGPT none (in the demo a tenth), if not given."""
+    """Steps of linear warmup; if not given, GPT a fifth of the run, at most 2000; nGPT none, in the demo a tenth."""
     weight_decay: float | None = None
     """Decoupled decay of matrices; nGPT 0, GPT 0.1, if not given."""
     beta1: float = 0.9
