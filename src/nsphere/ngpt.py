@@ -100,6 +100,11 @@ class QKScale(nn.Module):
         return s.view(self.num_heads if s.numel() > 1 else 1, -1) ** self.power
 
 
+def make_s_qk(config: NGPTConfig) -> Scale:
+    """s_qk of one layer, [H·D]."""
+    return Scale(config.num_heads * config.head_dim, config.s_qk_init, config.s_qk_scale, config.s_qk)
+
+
 class NGPTBlock(nn.Module):
     """h ← Norm(h + |α_A| (Norm(ATTN(h)) − h)); h ← Norm(h + |α_M| (Norm(MLP(h)) − h))  (equations 10, 11)."""
 
@@ -159,7 +164,6 @@ class NGPT(Decoder):
 
     def make_block(self, config: NGPTConfig) -> NGPTBlock:
         """One block with its own q/k norm: L2 after RoPE, s_qk² on q, softmax scale √D (equations 15, 16)."""
-        s_qk = Scale(config.num_heads * config.head_dim, config.s_qk_init, config.s_qk_scale, config.s_qk)
         norm = L2Norm if config.qk_norm else None
         qk_norm = QKNorm(
             norm,
@@ -168,7 +172,7 @@ class NGPT(Decoder):
             num_kv_heads=config.num_kv_heads,
             rope=self.rope_spec(),
             place="after",
-            multiplier=QKScale(s_qk, config.num_heads),
+            multiplier=QKScale(make_s_qk(config), config.num_heads),
             softmax_scale=config.softmax_scale,
         )
         return NGPTBlock(config, qk_norm)

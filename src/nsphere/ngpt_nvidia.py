@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nsphere.layers import KVCache, RopeTables
-from nsphere.ngpt import NGPT, NGPTBlock, NGPTConfig, QKScale
+from nsphere.ngpt import NGPT, NGPTBlock, NGPTConfig, QKScale, make_s_qk
 from nsphere.ops.normalized_update import normalized_update, unit
 from nsphere.qk_norm import QKNorm
 
@@ -21,6 +21,8 @@ class NvidiaQKNorm(QKNorm):
 
     out[2i] = −x[2i+1] C[i], out[2i+1] = x[2i] S[i]: an odd step of the pairs, scaled by two different angles.
     """
+
+    multiplier: QKScale
 
     def forward(self, q: Tensor, k: Tensor, rope: RopeTables | None = None, **kwargs: object) -> tuple[Tensor, Tensor]:
         assert rope is not None
@@ -55,14 +57,12 @@ class NvidiaNGPT(NGPT):
 
     def make_block(self, config: NGPTConfig) -> NGPTBlock:
         """A block in the reference's convention."""
-        norm_and_scale = super().make_block(config).attn.qk_norm
-        s_qk = norm_and_scale.multiplier.s_qk
         qk_norm = NvidiaQKNorm(
             "l2",
             head_dim=config.head_dim,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
-            multiplier=QKScale(s_qk, config.num_heads, power=1),
+            multiplier=QKScale(make_s_qk(config), config.num_heads, power=1),
             softmax_scale=config.softmax_scale,
         )
         return NvidiaBlock(config, qk_norm)
