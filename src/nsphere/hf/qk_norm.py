@@ -199,7 +199,7 @@ class _Reader:
             if differ and self.layer is None:
                 raise self.refusal("its layers differ", "give layer_idx, or the attention module")
             count = getattr(config, "num_hidden_layers", None)
-            if None not in (self.layer, count) and not 0 <= self.layer < count:
+            if self.layer is not None and count is not None and not 0 <= self.layer < count:
                 raise self.refusal(f"layer_idx is {self.layer}", f"give one from 0 to {count - 1}")
         self.config: Any = config.per_layer_config[self.layer] if differ and self.layer is not None else config
         kinds = getattr(self.config, "layer_types", None)
@@ -299,7 +299,7 @@ class _Reader:
             if self.family.name not in _SLIDING_LAYERS_TURN:
                 return True
             if getattr(self.config, "sliding_window", None) is None and self.family.name != "afmoe":
-                return self.family.name != "flint"
+                return True
             if set(getattr(self.config, "layer_types", None) or ()) == {"sliding_attention"}:
                 return True
             if self.kind is None:
