@@ -464,7 +464,7 @@ _ALL: list[Family] = [
         "modded_nanogpt",
         softmax_scale=0.12,
         source="modded-nanogpt",
-        note="eps of the input's dtype",
+        note="eps of fp32, whatever the input's dtype",
     ),
     *_same(
         BARE,
