@@ -91,7 +91,7 @@ def test_never_more_logits_than_asked_for(monkeypatch):
     linear_cross_entropy(h, weight, targets, max_logits=100)
     assert max(sizes) == 96  # six rows of 16
     assert sum(sizes) == 40 * 16
-    assert module.MAX_LOGITS * 4 == 64 * 2**20
+    assert module.MAX_LOGITS * 4 == 256 * 2**20
 
 
 def relative(x, y):
