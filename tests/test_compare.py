@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 
 from nsphere import compare as compare_module
 from nsphere.compare import CompareConfig, Sweep, compare, grid_lr
@@ -210,21 +209,7 @@ def test_a_signal_in_the_last_step_of_an_arm_stops_the_comparison(tmp_path, monk
 
 def test_what_diverged_is_null_and_said(tmp_path, monkeypatch) -> None:
     """A step skipped for its NaN: strict JSON, a count, and a comparison that goes through."""
-    step = Trainer.step
-
-    def poisoned(self):
-        if self.arm == "ngpt" and self.num_steps == 2:
-            with torch.no_grad():
-                weight = next(self.model.parameters())
-                kept, _ = weight.clone(), weight.fill_(float("nan"))
-            try:
-                return step(self)
-            finally:
-                with torch.no_grad():
-                    weight.copy_(kept)
-        return step(self)
-
-    monkeypatch.setattr(Trainer, "step", poisoned)
+    monkeypatch.setattr(Trainer, "step", tiny.poisoned_step(2, arm="ngpt"))
     data = tiny.text_file(tmp_path)
     what = dataclasses.replace(WHAT, arms=("gpt", "ngpt"), timing_rounds=1)
     monkeypatch.setattr(compare_module, "time_steps", lambda trainers, rounds: fake_costs(trainers))

@@ -136,27 +136,8 @@ def test_starting_from_another_run(tmp_path, data) -> None:
     train("ngpt", config, tiny.options(), data, tmp_path / "second", resume=True)
 
 
-def poisoned_step(at: int):
-    step = Trainer.step
-
-    def run(self):
-        if self.num_steps == at:
-            weight = next(self.model.parameters())
-            kept = weight.detach().clone()
-            with torch.no_grad():
-                weight[:] = float("nan")
-            try:
-                return step(self)
-            finally:
-                with torch.no_grad():
-                    weight.copy_(kept)
-        return step(self)
-
-    return run
-
-
 def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path, data, monkeypatch) -> None:
-    monkeypatch.setattr(Trainer, "step", poisoned_step(4))
+    monkeypatch.setattr(Trainer, "step", tiny.poisoned_step(4))
     with pytest.raises(
         NonFinite, match=r"loss of step 5 is nan; .*step-00000004\. Try a smaller --lr .*--skip-nonfinite"
     ):
@@ -164,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path, data, monkeypatch
 
 
 def test_or_is_skipped_and_counted(tmp_path, data, monkeypatch) -> None:
-    monkeypatch.setattr(Trainer, "step", poisoned_step(4))
+    monkeypatch.setattr(Trainer, "step", tiny.poisoned_step(4))
     result = train("gpt", tiny.config(), tiny.options(skip_nonfinite=True), data, tmp_path / "run")
     assert (result.skipped_steps, result.steps) == (1, 6)
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
