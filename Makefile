@@ -4,11 +4,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint types format bench clean help
+.PHONY: demo test lint types docs format bench clean help
 
 help:
 	@echo "make demo    train GPT, GPT + QK-norm and nGPT side by side on the embedded text; write runs/demo/report.html"
-	@echo "make test    lint, types and every test"
+	@echo "make test    lint, types, the docs and every test"
+	@echo "make docs    the guides and the reference, as pages in docs/_build/html"
 	@echo "make bench   the benchmarks, tables and JSON"
 	@echo "make clean   remove the environment and the runs"
 
@@ -16,7 +17,7 @@ demo: $(VENV)/.train
 	@# goes on where an interrupted demo was; `rm -r runs/demo` starts a new one
 	$(BIN)/nsphere compare --preset demo --out runs/demo --resume
 
-test: $(VENV)/.dev lint types
+test: $(VENV)/.dev lint types docs
 	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.dev
@@ -26,6 +27,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -34,7 +38,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.json
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) runs build dist docs/_build
 
 # A stamp per level of set-up; each is made anew when what is to be installed changes.
 $(VENV)/bin/python:
@@ -49,5 +53,5 @@ $(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing nsphere and its test tools into $(VENV) (about two minutes)"
-	$(PIP) install -c constraints.txt -e '.[train,hf,dev]'
+	$(PIP) install -c constraints.txt -e '.[train,hf,docs,dev]'
 	@touch $@ $(VENV)/.train
