@@ -29,6 +29,7 @@ def markdown_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are plain text with `code`: what reStructuredText would take for markup is escaped outside it."""
     for i, line in enumerate(lines):
         parts = re.split(r"(`[^`]*`)", line)
+        parts[-1] = re.sub(r"^(\s*|.*: +)(\w)\.$", r"\1\2\.", parts[-1])  # "head_dim: D." begins no list lettered D
         lines[i] = "".join(p if p.startswith("`") else re.sub(r"([*|_])(?=\W|\w|$)", r"\\\1", p) for p in parts)
 
 
