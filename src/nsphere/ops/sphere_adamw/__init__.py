@@ -1,0 +1,111 @@
+"""One optimizer step of AdamW, with the projection onto the sphere in the same pass."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nsphere.ops.sphere_adamw import reference
+
+__all__ = ["sphere_adamw_"]
+
+
+def sphere_adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    dims: Sequence[int | None],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    rounded: Sequence[Tensor | None] | None = None,
+    rounding_seed: int | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """AdamW as torch has it for every weight, then w ← w / ‖w‖₂ along its dim, in place.
+
+        m ← β₁ m + (1 − β₁) g;  v ← β₂ v + (1 − β₂) g²
+        w ← (1 − lr · weight_decay) w − lr · m̂ / (√v̂ + eps),  m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ)
+        w ← w / ‖w‖₂ along `dim`
+
+    Args:
+        weights: fp32 tensors, stepped in place; the masters where `rounded` holds what the model computes with.
+        grads: in the shapes of the weights, any float dtype; read only.
+        exp_avgs: m, as the weights, in place.
+        exp_avg_sqs: v, as the weights, in place.
+        steps: t of each weight, 0-dim fp32 on its device, as torch's fused AdamW keeps it; counted up here.
+        dims: the embedding axis of each matrix, along which it leaves with norm 1 (a zero vector stays
+            zero); None for a weight that is not on the sphere (the learned scales).
+        lr: the learning rate; a 0-dim tensor may be given.
+        betas: (β₁, β₂).
+        eps: added to √v̂.
+        weight_decay: decoupled, as in AdamW.
+        rounded: for each weight a tensor of its shape to which the new weight is also written, rounded to that
+            tensor's dtype; None for none.
+        rounding_seed: rounds bf16 copies stochastically, up or down with the probability that makes the mean
+            exact; give another seed every step. None rounds to the nearest.
+        grad_scale: 0-dim; gradients are divided by it (GradScaler).
+        found_inf: 0-dim; where it is not 0 nothing changes, not even the step counts.
+
+    Raises:
+        ValueError: for lists of unequal length, a weight that is not fp32, or a dim it does not have.
+
+    Source: arXiv 2410.01131, section 2.6; AdamW: arXiv 1711.05101.
+    """
+    check(weights, grads, exp_avgs, exp_avg_sqs, steps, dims, rounded)
+    reference.sphere_adamw_(
+        weights,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        dims,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        rounded=rounded,
+        rounding_seed=rounding_seed,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
+
+
+def check(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    dims: Sequence[int | None],
+    rounded: Sequence[Tensor | None] | None,
+) -> None:
+    """Raises ValueError before anything is written."""
+    lengths = [
+        len(each) for each in (grads, exp_avgs, exp_avg_sqs, steps, dims, *([] if rounded is None else [rounded]))
+    ]
+    if any(n != len(weights) for n in lengths):
+        raise ValueError(f"sphere_adamw_ got {len(weights)} weights and lists of {lengths}; give one entry per weight")
+    for i, (w, dim) in enumerate(zip(weights, dims, strict=True)):
+        if w.dtype != weights[0].dtype or w.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"weight {i} is {w.dtype}; AdamW needs fp32 masters: give those as weights, and the low-precision "
+                "copies as rounded"
+            )
+        if dim is not None and not 0 <= dim < w.dim():
+            raise ValueError(
+                f"weight {i} of shape {tuple(w.shape)} has dim={dim}; give one of its dims, or None "
+                "for a weight that is not on the sphere"
+            )
+        copy = None if rounded is None else rounded[i]
+        like = [grads[i], exp_avgs[i], exp_avg_sqs[i], *([] if copy is None else [copy])]
+        if any(t.shape != w.shape for t in like):
+            raise ValueError(
+                f"weight {i} is {tuple(w.shape)} and what goes with it {[tuple(t.shape) for t in like]}; "
+                "give equal shapes"
+            )
