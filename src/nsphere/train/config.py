@@ -4,13 +4,14 @@ import dataclasses
 import json
 import math
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from nsphere.presets import ARCHITECTURES, PRESETS, USUAL_LR, make_config
 from nsphere.train.arms import RECIPE_FIELDS, OptimizerName, ScheduleName, nearest, parse_arm
 from nsphere.train.data import DataConfig
+from nsphere.train.distributed import Layout
 
 DtypeName = Literal["auto", "bfloat16", "float32"]
 
@@ -108,6 +109,7 @@ class RunOptions:
     """Steps between plain progress lines, where the output is no terminal; a twentieth of the run if not given."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
+    layout: Layout = field(default_factory=Layout)
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "threads", "checkpoint_every", "keep_checkpoints", "log_every"):

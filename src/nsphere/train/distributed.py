@@ -1,0 +1,235 @@
+"""The ranks of a job: how they are arranged, who this one is, and what they decide together.
+
+A job is started by `torchrun`, one process (rank) per device. The ranks form a mesh of three axes:
+
+    dp_replicate   copies of the model, each on data of its own
+    dp_shard       the model's matrices and optimizer state split among ranks, each on data of its own (FSDP)
+    tp             every layer's heads and hidden units split among ranks that work on the same data
+
+One process without torchrun is a world of one, with the same methods.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nsphere.train.machine import choose_device
+
+T = TypeVar("T")
+
+AXES = ("dp_replicate", "dp_shard", "tp")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks of a job started by torchrun are arranged: dp_replicate × dp_shard × tp of them."""
+
+    dp_replicate: int = 1
+    """Copies of the model, each on data of its own."""
+    dp_shard: int | None = None
+    """Ranks that split the matrices and the optimizer's state, each on data of its own; what is left if not given."""
+    tp: int = 1
+    """Ranks that split every layer's heads and hidden units, and work on the same data."""
+    timeout: float = 600.0
+    """Seconds that a rank waits for the others before it gives up and ends the job."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again."""
+
+    def __post_init__(self) -> None:
+        for name in AXES:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < self.timeout < float("inf"):
+            raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout:g}")
+
+    def resolve(self, world_size: int) -> "Layout":
+        """The layout with `dp_shard` filled in.
+
+        Raises:
+            ValueError: it does not make up `world_size` ranks.
+        """
+        others = self.dp_replicate * self.tp
+        shard = self.dp_shard if self.dp_shard is not None else max(1, world_size // others)
+        if others * shard != world_size:
+            ranks = f"torchrun started {world_size} ranks" if world_size > 1 else "this is one process"
+            raise ValueError(
+                f"dp_replicate {self.dp_replicate} x dp_shard {shard} x tp {self.tp} is {others * shard} ranks and "
+                f"{ranks}; start torchrun --nproc-per-node {others * shard} -m nsphere, or change the layout"
+            )
+        return replace(self, dp_shard=shard)
+
+    def describe(self) -> str:
+        """The mesh in words."""
+        return " x ".join(f"{name} {getattr(self, name) or 1}" for name in AXES)
+
+
+class World:
+    """The ranks of this job and this one's place among them.
+
+    Args:
+        layout: resolved.
+        device: of this rank.
+        mesh: of the axes dp_replicate, dp_shard and tp; None for one process.
+        control: the group that decisions travel through: gloo, so that they need no accelerator's stream.
+    """
+
+    def __init__(
+        self, layout: Layout, device: torch.device, mesh: DeviceMesh | None = None, control: Any = None
+    ) -> None:
+        self.layout, self.device, self.mesh, self.control = layout, device, mesh, control
+        self.rank = dist.get_rank() if mesh is not None else 0
+        self.size = dist.get_world_size() if mesh is not None else 1
+        self.tp = layout.tp
+        self.dp = layout.dp_replicate * (layout.dp_shard or 1)
+        # ranks are numbered with tp fastest, so that the ranks of a tp group are neighbours on one node
+        self.dp_rank, self.tp_rank = divmod(self.rank, self.tp)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the files and talks to the user."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.any(False)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank: a signal seen, a number that is not finite."""
+        if self.mesh is None:
+            return flag
+        seen = torch.tensor(int(flag), dtype=torch.int32)
+        dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control)
+        return bool(seen)
+
+    def broadcast(self, number: int) -> int:
+        """The number that rank 0 gives, on all ranks."""
+        if self.mesh is None:
+            return number
+        shared = torch.tensor(number, dtype=torch.int64)
+        dist.broadcast(shared, src=0, group=self.control)
+        return int(shared)
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Every rank's text, in order of rank, on all ranks."""
+        if self.mesh is None:
+            return [text]
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        lengths = [torch.zeros((), dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor(len(data)), group=self.control)
+        padded = torch.zeros(max(1, *map(int, lengths)), dtype=torch.uint8)
+        padded[: len(data)] = data
+        texts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(texts, padded, group=self.control)
+        return [bytes(t[: int(n)].tolist()).decode() for t, n in zip(texts, lengths, strict=True)]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """The result of `work()` on this rank, unless it fails on any: then every rank raises the same.
+
+        Without it a rank that alone misses a file would leave, and the others would wait for it.
+
+        Raises:
+            ValueError: `work` raised ValueError or OSError on some rank; names the first where not all failed.
+        """
+        if self.mesh is None:
+            return work()
+        result, error = None, ""
+        try:
+            result = work()
+        except (ValueError, OSError) as problem:
+            error = str(problem) or type(problem).__name__
+        errors = self.gather_texts(error)
+        failed = [rank for rank, message in enumerate(errors) if message]
+        if failed:
+            where = "" if len(failed) == self.size else f"rank {failed[0]}: "
+            raise ValueError(where + errors[failed[0]])
+        return result  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 goes through the body before the others: what it leaves in a cache they find there."""
+        if not self.is_main:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self.barrier()
+
+    def describe(self) -> str:
+        """The mesh, its backend and this rank's device, for the start of a run."""
+        if self.mesh is None:
+            return "one process"
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        checkpointing = ", activation checkpointing" if self.layout.activation_checkpointing else ""
+        return (
+            f"{self.size} ranks, {self.layout.describe()} ({backend}, timeout {self.layout.timeout:g} s{checkpointing})"
+        )
+
+
+def launched_world_size() -> int:
+    """How many ranks torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """The number that torchrun gave this process; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def start(layout: Layout, device_name: str = "auto") -> Iterator[World]:
+    """Join the job that torchrun started, for the time of the context; a world of one without torchrun.
+
+    Args:
+        layout: how the ranks are arranged.
+        device_name: auto, cpu, cuda or cuda:N; under torchrun each rank takes the GPU of its local rank.
+
+    Raises:
+        ValueError: the layout does not fit the number of ranks, or no such device.
+    """
+    size = launched_world_size()
+    layout = layout.resolve(size)
+    device = choose_device(device_name)
+    if size == 1:
+        yield World(layout, device)
+        return
+    if dist.is_initialized():
+        raise ValueError("torch.distributed is initialised already; start the job once")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    wait = timedelta(seconds=layout.timeout)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=wait, device_id=device if device.type == "cuda" else None)
+    try:
+        shape = (layout.dp_replicate, layout.dp_shard or 1, layout.tp)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+        for axis in AXES:
+            _set_timeout(wait, mesh.get_group(axis))
+        yield World(layout, device, mesh, dist.new_group(backend="gloo", timeout=wait))
+    finally:
+        dist.destroy_process_group()
+
+
+def _set_timeout(wait: timedelta, group: Any) -> None:
+    """Groups of a mesh take the backend's default of up to 30 minutes otherwise."""
+    from torch.distributed import distributed_c10d
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the world of a backend that has no time-out to set
+        distributed_c10d._set_pg_timeout(wait, group)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, in the same memory; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
