@@ -245,3 +245,9 @@ print(sorted(m for m in sys.modules if m.startswith("nsphere.train") or m in hea
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "tyro", None)  # as where only torch is installed
+    said = call(capsys, "families")
+    assert said == (2, "", "nsphere families: the package tyro is not installed; pip install 'nsphere[train]'\n")

@@ -14,6 +14,12 @@ from nsphere import __version__
 
 Args = TypeVar("Args")
 
+NEEDED = {
+    **dict.fromkeys(("numpy", "tyro", "rich", "matplotlib", "tensorboard", "tokenizers", "safetensors"), "train"),
+    **dict.fromkeys(("transformers", "datasets"), "hf"),
+}
+"""Packages beyond torch, and the extra that brings them."""
+
 USAGE = """\
 usage: nsphere COMMAND [flags]      (nsphere COMMAND --help tells the flags)
 
@@ -44,11 +50,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(name: str, rest: list[str]) -> int:
-    import torch
-
-    from nsphere.train.signals import Interrupted
-    from nsphere.train.trainer import NonFinite
-
     for stream in (sys.stdout, sys.stderr):  # a sample or a dash must not end a run on a terminal of few letters
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -56,21 +57,37 @@ def _run(name: str, rest: list[str]) -> int:
         COMMANDS[name](rest)
     except BrokenPipeError:
         raise
+    except KeyboardInterrupt:
+        return _complain(f"nsphere {name}: interrupted", 130)
     except Exception as error:
         if os.environ.get("NSPHERE_DEBUG"):
             raise
-        if isinstance(error, Interrupted):
-            return _complain(f"nsphere {name}: {error}", error.exit_code)
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
-            return _complain(f"nsphere {name}: out of memory; give a smaller --micro-batch-size ({error})", 1)
-        if isinstance(error, ValueError):
-            return _complain(f"nsphere {name}: {error}", 2)
-        if isinstance(error, NonFinite | OSError):
-            return _complain(f"nsphere {name}: {error}", 1)
-        raise
-    except KeyboardInterrupt:
-        return _complain(f"nsphere {name}: interrupted", 130)
+        known = _explain(error)
+        if known is None:
+            raise
+        return _complain(f"nsphere {name}: {known[0]}", known[1])
     return 0
+
+
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """The line and the exit code for an error that is the user's, or the machine's; None for one that is ours."""
+    if isinstance(error, ValueError):
+        return str(error), 2
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in NEEDED:
+        extra = NEEDED[error.name.partition(".")[0]]  # type: ignore[union-attr]
+        return f"the package {error.name} is not installed; pip install 'nsphere[{extra}]'", 2
+    if isinstance(error, OSError):
+        return str(error), 1
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
+        return f"out of memory; give a smaller --micro-batch-size ({error})", 1
+    from nsphere.train.signals import Interrupted
+    from nsphere.train.trainer import NonFinite
+
+    if isinstance(error, Interrupted):
+        return str(error), error.exit_code
+    return (str(error), 1) if isinstance(error, NonFinite) else None
 
 
 def _complain(message: str, code: int) -> int:
