@@ -179,16 +179,86 @@ def test_norms_and_multipliers_may_be_replaced():
     torch.testing.assert_close(qk(q, k)[0], 3 * F.normalize(q, dim=-1))
 
 
-def test_an_identity_beside_a_norm_keeps_the_op_whole(monkeypatch):
+@pytest.fixture
+def ops(monkeypatch):
+    """The calls of the fused op: which specs of norms it got."""
     import nsphere.qk_norm as module
 
     calls = []
-    whole = module.qk_norm_rope
-    monkeypatch.setattr(module, "qk_norm_rope", lambda *a, **b: calls.append(1) or whole(*a, **b))
+    both, one = module.qk_norm_rope, module.norm_rope
+    monkeypatch.setattr(module, "qk_norm_rope", lambda *a, **b: calls.append([a[2].norm, a[3].norm]) or both(*a, **b))
+    monkeypatch.setattr(module, "norm_rope", lambda *a, **b: calls.append([a[1].norm]) or one(*a, **b))
+    return calls
+
+
+class Thirds(nn.Module):
+    def forward(self, x):
+        return x / 3
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("multiplier", [None, 1.7, lambda p: 1 + p])
+def test_what_stands_beside_a_norm_of_ones_own_is_fused(place, multiplier, ops, tables):
+    q, k = qk_pair()
+    options = {"head_dim": D, "rope": ROPE, "place": place, "multiplier": multiplier, "k_multiplier": 0.5}
+    qk = QKNorm(Thirds(), RMSNorm(D), **options)
+    got = qk(q, k, rope=tables, positions=torch.arange(T))
+    assert ops == [[None, qk.k_norm.spec]]  # q is turned and scaled in the op that k passes whole
+    third = QKNorm(None, RMSNorm(D), **options)(q / 3, k, rope=tables, positions=torch.arange(T))
+    for a, b in zip(got, third, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_one_side_is_fused_beside_another_that_is_not(ops, tables):
+    q, k = qk_pair(torch.bfloat16)
+    rope = RopeSpec(D, compute_dtype=torch.float32, table_dtype="input")
+    stepwise, fused = RMSNorm(D, weight_cast="after"), RMSNorm(D)
+    for first in (False, True):
+        norms_of_both = (stepwise, fused) if first else (fused, stepwise)
+        got = QKNorm(*norms_of_both, head_dim=D, rope=rope)(q, k, rope=tables)
+        assert ops.pop() == [fused.spec] and not ops
+        own = [QKNorm(norm, head_dim=D, rope=rope)(q, k, rope=tables) for norm in norms_of_both]
+        assert torch.equal(got[0], own[0][0]) and torch.equal(got[1], own[1][1])
+        ops.clear()
+
+
+def test_where_nothing_is_to_be_done_nothing_is(ops):
     q, k = qk_pair()
     got = QKNorm(RMSNorm, nn.Identity(), head_dim=D)(q, k)
-    assert calls and torch.equal(got[1], k)
+    assert len(ops) == 1 and len(ops[0]) == 1 and got[1].data_ptr() == k.data_ptr()
     torch.testing.assert_close(got[0], F.rms_norm(q, (D,), eps=1e-6))
+
+
+def test_tables_per_head():
+    q, k = qk_pair()
+    positions = torch.arange(T)
+    per_head = [ROPE.tables(positions + 10 * h) for h in range(H)]  # every head at a place of its own
+    tables = tuple(torch.stack(t, 1).unsqueeze(0) for t in zip(*per_head, strict=True))
+    few = tuple(t[:, :, :HKV] for t in tables)
+    for options in ({}, {"place": "after"}, {"over": "full"}, {"weight_cast": "after"}, {"over": (2, 10)}):
+        for kind in ("l2", "layer"):
+            qk = make(kind, **options)
+            got = qk(q, k, rope=tables, k_rope=few)
+            for h in range(H):
+                alone = qk(q, k, rope=per_head[h])
+                assert torch.equal(got[0][:, :, h], alone[0][:, :, h])
+                assert h >= HKV or torch.equal(got[1][:, :, h], alone[1][:, :, h])
+    with pytest.raises(ValueError, match="the RoPE tables have 4 heads and k has 2"):
+        make()(q, k, rope=tables)
+
+
+def test_cross_attention_turns_k_by_its_own_tables(tables):
+    q, (_, k) = qk_pair()[0], qk_pair()
+    longer = torch.cat((k, k, k), 1)
+    other = RopeSpec(D, base=100.0).tables(3 * T)
+    for cast in ("fused", "after"):
+        qk = make(weight_cast=cast)
+        got = qk(q, longer, rope=tables, k_rope=other)
+        assert torch.equal(got[0], qk(q, k, rope=tables)[0])
+        repeated = qk(q.repeat(1, 3, 1, 1), longer, rope=other)
+        assert torch.equal(got[1], repeated[1])
+    with pytest.raises(ValueError, match="the RoPE tables have 5 positions and k has 15; give k its own, k_rope="):
+        make()(q, longer, rope=tables)
 
 
 @pytest.mark.parametrize("rope", [None, ROPE])
@@ -605,8 +675,9 @@ def with_tables(cos, sin):
             for shape, sin, message in (
                 ((1, D // 2), None, "the RoPE tables have 1 positions and q has 5"),
                 ((3, T, D // 2), None, "the RoPE tables have 3 sequences and q has 2"),
-                ((B, T, 1, D // 2), None, "give two of [T, R/2] or [B, T, R/2]"),
-                ((D // 2,), None, "give two of [T, R/2] or [B, T, R/2]"),
+                ((B, T, 1, 1, D // 2), None, "give two of [T, R/2], [B, T, R/2] or [B, T, H, R/2]"),
+                ((B, T, 3, D // 2), None, "the RoPE tables have 3 heads and q has 4"),
+                ((D // 2,), None, "give two of [T, R/2], [B, T, R/2] or [B, T, H, R/2]"),
                 ((T, D // 2), (B, T, D // 2), "the RoPE tables are (5, 8) and (2, 5, 8)"),
             )
         ),
@@ -623,10 +694,10 @@ def test_a_backend_that_would_be_ignored_is_refused():
     q, k = qk_pair()
     with pytest.raises(RuntimeError, match="no Triton kernel"):
         QKNorm("rms", head_dim=D, weight_cast="after", backend="triton")
-    with pytest.raises(RuntimeError, match="a norm or RoPE of this QKNorm is not fused"):
+    with pytest.raises(RuntimeError, match="a norm or RoPE of this QKNorm rounds between its steps"):
         QKNorm("rms", head_dim=D, weight_cast="after", backend="compiled")(q, k)
-    with pytest.raises(RuntimeError, match="over a slice of the head there is the reference alone"):
-        QKNorm("rms", head_dim=D, over=(2, 10), backend="compiled")(q, k)
+    with pytest.raises(RuntimeError, match="a factor of 0 takes the reference"):
+        QKNorm("rms", head_dim=D, multiplier=0.0, backend="compiled")(q, k)
     for options in ({"weight_cast": "after"}, {"over": (2, 10)}):
         asked = QKNorm("rms", head_dim=D, backend="reference", **options)(q, k)
         for a, b in zip(asked, QKNorm("rms", head_dim=D, **options)(q, k), strict=True):

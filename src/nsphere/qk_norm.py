@@ -4,6 +4,7 @@ Shape legend: B batch, T positions, H query heads, Hkv key heads, D head_dim.
 """
 
 import copy
+import dataclasses
 import math
 import warnings
 from typing import Any, Literal, TypeAlias, TypeGuard, get_args
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from nsphere.norms import L2Clip, StatisticNorm, compute_dtype, make_norm
 from nsphere.ops import backend as backends
-from nsphere.ops.qk_norm_rope import SideSpec, SideTensors, qk_norm_rope
+from nsphere.ops.qk_norm_rope import SideSpec, SideTensors, norm_rope, qk_norm_rope
 from nsphere.rope import RopeSpec, rotate
 
 Tables: TypeAlias = tuple[Tensor, Tensor]
@@ -118,8 +119,8 @@ class QKNorm(nn.Module):
         backend: of the fused op, see nsphere.ops.backend; by default the best that can run.
         **norm_options: passed to both norms when they are built: eps=..., weight_cast=..., and so on.
 
-    A norm that is no plain built-in (a subclass with a forward of its own, one with hooks) is called as it is,
-    between steps that round. Norms and multipliers may be replaced later; the next call sees them.
+    A norm that is no plain built-in (a subclass with a forward of its own, one with hooks) is called as it is, and
+    the rest is fused beside it. Norms and multipliers may be replaced later; the next call sees them.
 
     State-dict keys: q_norm.*, k_norm.*, multiplier.*, k_multiplier.*.
 
@@ -267,23 +268,11 @@ class QKNorm(nn.Module):
     def _norms(self) -> tuple[nn.Module | None, nn.Module | None]:
         return self.q_norm, self.k_norm
 
-    def _side_spec(self, norm: nn.Module | None, multiplier: Any) -> SideSpec | None:
-        """What the fused op does for this side; None where steps of their own rounding must be composed."""
-        spec = None
-        if norm is None or (type(norm) is nn.Identity and not _has_hooks(norm)):
-            fused = self.rope is None or self.rope.compute_dtype != "input"
-        else:
-            spec = norm.spec if _is_plain(norm) else None
-            fused = spec is not None and spec.weight_cast == "fused"
-        if not fused:
-            return None
-        return SideSpec(
-            norm=spec,
-            rope=self.rope,
-            norm_first=self.place == "before",
-            over=self.over,
-            constant=float(multiplier) if _is_number(multiplier) else 1.0,
-        )
+    def _side_spec(self, norm: nn.Module | None) -> SideSpec | None:
+        """What the fused op does for this side; None where rounding points of its own must be composed."""
+        spec = norm.spec if _is_plain(norm) else None
+        fused = spec.weight_cast == "fused" if spec else self.rope is None or self.rope.compute_dtype != "input"
+        return SideSpec(spec, self.rope, self.place == "before", self.over) if fused else None
 
     def forward(
         self,
@@ -291,6 +280,7 @@ class QKNorm(nn.Module):
         k: Tensor,
         rope: Tables | None = None,
         *,
+        k_rope: Tables | None = None,
         positions: Tensor | None = None,
         multiplier: Tensor | None = None,
         k_multiplier: Tensor | None = None,
@@ -300,7 +290,9 @@ class QKNorm(nn.Module):
         Args:
             q: [B, T, H, D] (or as `layout` orders it), any floating dtype, strided or not.
             k: [B, T, Hkv, D], of q's dtype and device.
-            rope: the tables (cos, sin), each [T, R/2], [B, T, R/2] or [1, T, R/2]; see RopeSpec.tables.
+            rope: the tables (cos, sin), each [T, R/2], [B, T, R/2] or [1, T, R/2], or [B, T, H, R/2] where the
+                angles differ from head to head; see RopeSpec.tables.
+            k_rope: those of k, where they are not q's: in cross-attention, or per head with fewer heads of k.
             positions: [T] or [B, T], for multipliers that depend on position.
             multiplier: a factor on q for this call, broadcastable to [H, D], beside the module's own.
             k_multiplier: the same on k.
@@ -314,24 +306,44 @@ class QKNorm(nn.Module):
             RuntimeError: for a backend that cannot run these norms.
         """
         q, k = self._to_bshd(q, "q"), self._to_bshd(k, "k")
-        self._check(q, k, rope)
+        k_rope = rope if k_rope is None else k_rope
+        self._check(q, k, rope, k_rope)
         q_factors = self._factors("q", q, self.multiplier, multiplier, positions)
         k_factors = self._factors("k", k, self.k_multiplier, k_multiplier, positions)
-        q_spec = self._side_spec(self.q_norm, self.multiplier)
-        k_spec = self._side_spec(self.k_norm, self.k_multiplier)
-        if q_spec is not None and k_spec is not None:
-            q_tensors = self._tensors(self.q_norm, rope, q_factors)
-            k_tensors = self._tensors(self.k_norm, rope, k_factors)
-            q, k = qk_norm_rope(q, k, q_spec, k_spec, q_tensors, k_tensors, backend=self.backend)
-        else:
-            if self.backend not in (None, "reference"):
-                raise RuntimeError(
-                    f"the backend {self.backend!r} was asked for and cannot run: a norm or RoPE of this QKNorm is "
-                    'not fused; leave backend=None, or use built-in norms with weight_cast="fused"'
-                )
-            q = self._composed(q, self.q_norm, rope, self.multiplier, q_factors)
-            k = self._composed(k, self.k_norm, rope, self.k_multiplier, k_factors)
-        return self._from_bshd(q), self._from_bshd(k)
+        sides = (
+            _Side(q, self.q_norm, rope, self.multiplier, q_factors),
+            _Side(k, self.k_norm, k_rope, self.k_multiplier, k_factors),
+        )
+        fused = []
+        for side in sides:
+            spec = self._side_spec(side.norm)
+            if spec is None:
+                side.x = self._composed(side)
+            else:
+                fused.append((side, spec))
+        self._fuse(fused)
+        q, k = (self._from_bshd(side.x) for side in sides)
+        return q, k
+
+    def _fuse(self, sides: list[tuple["_Side", SideSpec]]) -> None:
+        """The fused op on these sides, around a norm of the user's that is called for itself."""
+        around = [side for side, _ in sides if _is_custom(side.norm)]
+        if self.place == "before":
+            for side in around:
+                side.x = self._norm(side.x, side.norm).to(side.x.dtype)
+        todo = []
+        for side, spec in sides:
+            values = side.values(with_factors=side not in around or self.place == "before")
+            if spec.norm is not None or spec.rope is not None or values.multiplier is not None or values.constant != 1:
+                todo.append((side, spec, values))
+        if len(todo) == 2:
+            (q, q_spec, q_values), (k, k_spec, k_values) = todo
+            q.x, k.x = qk_norm_rope(q.x, k.x, q_spec, k_spec, q_values, k_values, backend=self.backend)
+        for side, spec, values in todo if len(todo) == 1 else ():
+            side.x = norm_rope(side.x, spec, values, backend=self.backend)
+        if self.place == "after":
+            for side in around:
+                side.x = _multiply(self._norm(side.x, side.norm).to(side.x.dtype), side.every_factor())
 
     def _to_bshd(self, x: Tensor, name: str) -> Tensor:
         if not isinstance(x, Tensor):
@@ -351,7 +363,7 @@ class QKNorm(nn.Module):
             return x.transpose(0, 1)
         return x.transpose(1, 2) if self.layout == "bhsd" else x
 
-    def _check(self, q: Tensor, k: Tensor, rope: Tables | None) -> None:
+    def _check(self, q: Tensor, k: Tensor, rope: Tables | None, k_rope: Tables | None) -> None:
         for name, x, norm, heads in (
             ("q", q, self.q_norm, self.num_heads),
             ("k", k, self.k_norm, self.num_kv_heads),
@@ -374,29 +386,15 @@ class QKNorm(nn.Module):
             raise ValueError(
                 f"QKNorm got q of {q.dtype} on {q.device} and k of {k.dtype} on {k.device}; give both the same"
             )
-        if (self.rope is None) != (rope is None):
+        if any((self.rope is None) != (tables is None) for tables in (rope, k_rope)):
             raise ValueError(
                 "QKNorm was built without RoPE: pass no tables"
                 if self.rope is None
                 else "QKNorm was built with RoPE: pass rope=(cos, sin), see RopeSpec.tables"
             )
-        if rope is not None:
-            self._check_tables(q, k, *rope)
-
-    @staticmethod
-    def _check_tables(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-        if cos.shape != sin.shape or cos.dim() not in (2, 3):
-            raise ValueError(
-                f"the RoPE tables are {tuple(cos.shape)} and {tuple(sin.shape)}; give two of [T, R/2] or [B, T, R/2]"
-            )
-        for table in (cos, sin):
-            if table.device != q.device:
-                raise ValueError(f"q is on {q.device} and the RoPE tables on {table.device}; move the tables")
-        for name, x in (("q", q), ("k", k)):
-            if cos.shape[-2] != x.shape[1]:
-                raise ValueError(f"the RoPE tables have {cos.shape[-2]} positions and {name} has {x.shape[1]}")
-            if cos.dim() == 3 and cos.shape[0] != 1 and cos.shape[0] != x.shape[0]:
-                raise ValueError(f"the RoPE tables have {cos.shape[0]} sequences and {name} has {x.shape[0]}")
+        for name, x, tables in (("q", q, rope), ("k", k, k_rope)):
+            if tables is not None:
+                _check_tables(name, x, *tables)
 
     def _counts_heads(self, norm: nn.Module | None) -> bool:
         """Whether the number of heads matters to this norm."""
@@ -423,26 +421,23 @@ class QKNorm(nn.Module):
             _check_factor(name, factor, x)
         return factors
 
-    @staticmethod
-    def _tensors(norm: nn.Module | None, rope: Tables | None, factors: list[Tensor]) -> SideTensors:
-        cos, sin = rope if rope is not None else (None, None)
-        product = None if not factors else factors[0] if len(factors) == 1 else factors[0] * factors[1]
-        return SideTensors(getattr(norm, "weight", None), getattr(norm, "bias", None), cos, sin, product)
-
-    def _composed(
-        self, x: Tensor, norm: nn.Module | None, rope: Tables | None, own: Any, factors: list[Tensor]
-    ) -> Tensor:
+    def _composed(self, side: "_Side") -> Tensor:
         """Norm, rotation and factors one by one, each rounding to the dtype it leaves in."""
-        if self.multiplier_dtype == "input":
-            factors = [factor.to(x.dtype) for factor in factors]
-        every = [own, *factors] if _is_number(own) else factors
+        if self.backend not in (None, "reference"):
+            raise RuntimeError(
+                f"the backend {self.backend!r} was asked for and cannot run: a norm or RoPE of this QKNorm rounds "
+                'between its steps; leave backend=None, or use weight_cast="fused" and a RopeSpec without '
+                'compute_dtype="input"'
+            )
+        x, norm, rounded = side.x, side.norm, self.multiplier_dtype == "input"
+        factors = side.every_factor(side.x.dtype if rounded else None)
         last = self.multiplier_place == "last"
         y = self._norm(x, norm) if self.place == "before" else x
-        y = y if last else _multiply(y, every)
-        if rope is not None and self.rope is not None:
-            y = rotate(y, *rope, self.rope).to(y.dtype)
+        y = y if last else _multiply(y, factors)
+        if side.rope is not None and self.rope is not None:
+            y = rotate(y, *side.rope, self.rope).to(y.dtype)
         y = self._norm(y, norm) if self.place == "after" else y
-        y = _multiply(y, every) if last else y
+        y = _multiply(y, factors) if last else y
         return y if isinstance(norm, StatisticNorm) and norm.spec.promote else y.to(x.dtype)
 
     def _norm(self, x: Tensor, norm: nn.Module | None) -> Tensor:
@@ -506,6 +501,32 @@ class QKNorm(nn.Module):
         return f"head_dim={self.head_dim}, over={self.over!r}{rope}, softmax_scale={self.softmax_scale:.4g}"
 
 
+@dataclasses.dataclass(eq=False)
+class _Side:
+    """q or k on its way through, and what comes to it."""
+
+    x: Tensor
+    norm: nn.Module | None
+    rope: Tables | None
+    own: Any
+    """The module's own multiplier; `factors` holds it if it is no number."""
+    factors: list[Tensor]
+
+    def values(self, *, with_factors: bool) -> SideTensors:
+        """What the fused op takes."""
+        weight, bias = (self.norm.weight, self.norm.bias) if _is_plain(self.norm) else (None, None)
+        cos, sin = (None, None) if self.rope is None else self.rope
+        if not with_factors:
+            return SideTensors(weight, bias, cos, sin)
+        product = math.prod(self.factors[1:], start=self.factors[0]) if self.factors else None
+        return SideTensors(weight, bias, cos, sin, product, float(self.own) if _is_number(self.own) else 1.0)
+
+    def every_factor(self, dtype: torch.dtype | None = None) -> list[Any]:
+        """The factors one by one, those that are tensors rounded to a dtype."""
+        factors = self.factors if dtype is None else [factor.to(dtype) for factor in self.factors]
+        return [self.own, *factors] if _is_number(self.own) else factors
+
+
 def _is_number(factor: Any) -> bool:
     return isinstance(factor, int | float)
 
@@ -516,7 +537,13 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_plain(norm: nn.Module) -> TypeGuard[StatisticNorm]:
+def _is_custom(norm: nn.Module | None) -> bool:
+    """Whether the norm must be called to know what it does."""
+    nothing = norm is None or (type(norm) is nn.Identity and not _has_hooks(norm))
+    return not nothing and not _is_plain(norm)
+
+
+def _is_plain(norm: nn.Module | None) -> TypeGuard[StatisticNorm]:
     """Whether calling the norm does what its spec says and nothing more: no other forward, no hooks."""
     if not isinstance(norm, StatisticNorm) or _has_hooks(norm) or "forward" in vars(norm):
         return False
@@ -524,6 +551,30 @@ def _is_plain(norm: nn.Module) -> TypeGuard[StatisticNorm]:
         getattr(type(norm), name) is getattr(StatisticNorm, name)
         for name in ("forward", "factor", "shift", "apply_fp32", "_affine", "_shaped")
     )
+
+
+def _check_tables(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    if cos.shape != sin.shape or cos.dim() not in (2, 3, 4):
+        raise ValueError(
+            f"the RoPE tables are {tuple(cos.shape)} and {tuple(sin.shape)}; give two of [T, R/2], [B, T, R/2] or "
+            "[B, T, H, R/2]"
+        )
+    for table in (cos, sin):
+        if table.device != x.device:
+            raise ValueError(f"{name} is on {x.device} and the RoPE tables on {table.device}; move the tables")
+    batch, length, heads = (
+        cos.shape[0] if cos.dim() > 2 else 1,
+        cos.shape[min(cos.dim() - 2, 1)],
+        cos.shape[2] if cos.dim() > 3 else 1,
+    )
+    for what, rows, there in (("sequences", batch, x.shape[0]), ("heads", heads, x.shape[2])):
+        if rows not in (1, there):
+            raise ValueError(f"the RoPE tables have {rows} {what} and {name} has {there}")
+    if length != x.shape[1]:
+        raise ValueError(
+            f"the RoPE tables have {length} positions and {name} has {x.shape[1]}"
+            + ("; give k its own, k_rope=" if name == "k" else "")
+        )
 
 
 def _check_factor(name: str, factor: Tensor, x: Tensor) -> None:

@@ -88,7 +88,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec) -> Tensor:
 
     Args:
         x: [B, T, H, D] (or [T, H, D]).
-        cos: [T, R/2] or [B, T, R/2]; the [.., R] of Hugging Face, where every angle stands twice, serves too.
+        cos: [T, R/2], [B, T, R/2], or [B, T, H, R/2] where the angles differ from head to head; the [.., R] of
+            Hugging Face, where every angle stands twice, serves too.
         sin: as cos.
         spec: pairs, place, sign and rounding.
 
@@ -121,7 +122,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, *, inverse: bool
 
 
 def _table(table: Tensor, spec: RopeSpec, input_dtype: torch.dtype) -> Tensor:
-    """The table as [..., 1, R/2], rounded as the spec asks."""
+    """The table as [..., 1 or H, R/2], rounded as the spec asks."""
     if table.shape[-1] == spec.dim:  # every angle stands twice
         if spec.twice == "pairs" or (spec.twice is None and spec.layout == "interleaved"):
             table = table[..., ::2]
@@ -134,7 +135,7 @@ def _table(table: Tensor, spec: RopeSpec, input_dtype: torch.dtype) -> Tensor:
         )
     if spec.table_dtype is not None:
         table = table.to(input_dtype if spec.table_dtype == "input" else spec.table_dtype)
-    return table.unsqueeze(-2)
+    return table if table.dim() == 4 else table.unsqueeze(-2)
 
 
 def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, inverse: bool) -> Tensor:

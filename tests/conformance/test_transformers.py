@@ -187,7 +187,6 @@ def is_caught(case, mutation) -> bool | None:
         qk = hf.qk_norm(r.module, rope=None if r.tables is not None else False)
         if not mutation(qk):
             return None
-        qk._specs = qk._side_spec(qk.q_norm, qk.multiplier), qk._side_spec(qk.k_norm, qk.k_multiplier)
         q, k, _ = raw(case, r)
         with torch.no_grad():
             q, k = qk(q, k, rope=tables_of(r) if qk.rope is not None else None, positions=r.positions)

@@ -438,20 +438,64 @@ def test_activations_kept(place, compiled):
     t = 33  # a length that nothing else has
     if compiled and backends.why_not("compiled", "cpu", has_triton_kernel=False):
         pytest.skip(backends.why_not("compiled", "cpu", has_triton_kernel=False))
-    for kind in ("l2", "rms", "layer"):
+    overs = {"head": H + HKV, "full": 2, 4: 2 * (H + HKV), (2, 6): H + HKV}  # and how many statistics a token has
+    for kind, over in itertools.product(("l2", "rms", "layer"), overs):
         for weight in ("none", "shared"):
-            qk = build(kind, "head", place, ROPES["half"], weight=weight, bias=False)
+            qk = build(kind, over, place, ROPES["half"], weight=weight, bias=False)
             qk.backend = "compiled" if compiled else None
             q, k = (torch.randn(B, t, h, D).bfloat16().requires_grad_() for h in (H, HKV))
             tables = tables_for(qk.rope, t)
             call = lambda: qk(q, k, rope=tables)  # noqa: B023, E731
             saved = saved_by(call)
-            factors = 4 * B * t * (H + HKV)  # one fp32 per head and token
+            factors = 4 * B * t * overs[over]  # one fp32 each
             kept = bytes_kept(saved, beside=[*call.outputs, *qk.parameters(), *tables])
             expected = factors if weight == "none" else factors + 2 * B * t * (H + HKV) * D
-            assert kept == expected, f"{kind} {weight} {place}: {kept} bytes, {expected} promised"
-        if compiled:
+            assert kept == expected, f"{kind} {over} {weight} {place}: {kept} bytes, {expected} promised"
+        if compiled and isinstance(over, tuple):
             break
+
+
+def test_a_checkpoint_keeps_the_inputs_alone():
+    """What is composed of steps that round keeps more; a checkpoint around it keeps q and k, and nothing else."""
+    (q, k), _ = inputs()
+    q, k = (t.bfloat16().requires_grad_() for t in (q, k))
+    qk = build("rms", "head", "before", RopeSpec(D, compute_dtype="input"), "after")
+    tables = tables_for(qk.rope)
+    plain = bytes_kept(saved_by(lambda: qk(q, k, rope=tables)), beside=[*qk.parameters(), *tables])
+    kept = saved_by(lambda: torch.utils.checkpoint.checkpoint(qk, q, k, tables, use_reentrant=False))
+    assert bytes_kept(kept, beside=[*qk.parameters(), *tables]) <= 2 * (q.numel() + k.numel()) < plain / 3
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_constants_are_exact_and_share_their_code(place, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    (q, k), grads = inputs()
+    torch._dynamo.utils.counters.clear()
+    for kind, over in (("l2", "head"), ("rms", (2, 6))):
+        counted = set()
+        for constant in (1.7, -0.3, 25.0):
+            qk = build(kind, over, place, ROPES["half"], weight="none", eps=5e-6 if kind == "rms" else 0.0)
+            tables = tables_for(qk.rope)
+            expected = truth(qk, q, k, tables, [grads[0].double() * constant, grads[1]])
+            expected[0] = expected[0] * constant
+            qk.multiplier = constant
+            for backend, allowed in ((None, 1e-11), ("compiled", 3e-6)):
+                if backend and backends.why_not("compiled", "cpu", has_triton_kernel=False):
+                    continue
+                dtype = torch.float32 if backend else torch.float64
+                got = gradients(qk, q, k, tables, grads, dtype, backend)
+                for a, b in zip(got, expected, strict=True):
+                    assert error(a, b) <= allowed
+            counted.add(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert len(counted) == 1  # all compiled with the first of them
+
+
+def test_a_factor_of_zero():
+    (q, k), grads = inputs()
+    qk = build("l2", "head", "before", ROPES["half"])
+    qk.multiplier = 0.0
+    got = gradients(qk, q, k, tables_for(qk.rope), grads, torch.float32)
+    assert got[0].abs().max() == got[2].abs().max() == 0 and got[3].abs().max() > 0
 
 
 def test_all_lengths_share_two_compilations():
@@ -625,6 +669,29 @@ def test_fp32_weights_beside_bf16_data_do_not_promote():
     assert low[0].dtype == torch.bfloat16
     expected = truth(qk, q.bfloat16(), k.bfloat16(), tables_for(qk.rope), inputs()[1])
     assert error(low[0], expected[0]) <= floor(torch.bfloat16) / 4
+
+
+@pytest.mark.parametrize("kind", ["l2", "rms"])
+@pytest.mark.parametrize("over", ["head", "full", 4, (1, 7)])
+def test_tables_per_head(kind, over):
+    """Values and gradients as of each head turned alone, with tables that are no exact rotation."""
+    (q, k), grads = inputs()
+    for place, weight, name in itertools.product(("before", "after"), ("none", "shared"), ("half", "trailing")):
+        rope = ROPES[name]
+        qk = build(kind, over, place, rope, weight=weight).double()
+        heads = [rope.tables(torch.arange(T) + 7 * h) for h in range(H)]
+        tables = tuple(1.2 * torch.stack(t, 1).expand(B, T, H, -1) for t in zip(*heads, strict=True))
+        k_tables = tuple(t[:1, :, :HKV] for t in tables)
+        results = []
+        for backend in (None, "reference"):
+            qk.backend = backend
+            qk.zero_grad()
+            leaves = [x.double().requires_grad_() for x in (q, k)]
+            outputs = qk(*leaves, rope=tables, k_rope=k_tables)
+            torch.autograd.backward(outputs, [g.double() for g in grads])
+            results.append([*outputs, *(x.grad for x in leaves), *(p.grad.clone() for p in qk.parameters())])
+        for a, b in zip(*results, strict=True):
+            assert error(a, b) <= 1e-11
 
 
 def test_q_and_k_may_turn_by_different_tables():

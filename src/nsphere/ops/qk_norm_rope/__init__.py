@@ -1,5 +1,7 @@
 """q and k together: norm, RoPE and multiplier in one op."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from nsphere.ops import backend as backends
 from nsphere.ops.qk_norm_rope import lean, reference
 from nsphere.ops.qk_norm_rope.reference import SideSpec, SideTensors
 
-__all__ = ["SideSpec", "SideTensors", "qk_norm_rope"]
+__all__ = ["SideSpec", "SideTensors", "norm_rope", "qk_norm_rope"]
 
 # Below this many elements of q a call costs less than the compiler's own: eager code then runs op by op.
 MIN_COMPILED_ELEMENTS = 1 << 18
@@ -44,38 +46,45 @@ def qk_norm_rope(
         ValueError: for an unknown backend.
         RuntimeError: for a backend that was asked for and cannot run.
     """
+    return _run((q, k), (q_spec, k_spec), (q_tensors, k_tensors), backend)
+
+
+def norm_rope(x: Tensor, spec: SideSpec, tensors: SideTensors, *, backend: str | None = None) -> Tensor:
+    """One side of `qk_norm_rope` alone, for where the other is not of this kind."""
+    return _run((x,), (spec,), (tensors,), backend)[0]
+
+
+def _run(
+    sides: tuple[Tensor, ...], specs: tuple[SideSpec, ...], values: tuple[SideTensors, ...], backend: str | None
+) -> Any:
     if backend is not None:
         backends.check_name(backend)
     if backend == "triton":
         raise RuntimeError("the backend 'triton' was asked for and cannot run: this op has no Triton kernel")
-    reason = _plain(q, k, q_tensors, k_tensors, q_spec, k_spec)
-    if reason is not None:
-        if backend == "compiled" and reason != _TRACED:
-            raise RuntimeError(f"the backend 'compiled' was asked for and cannot run: {reason}")
-        return reference.forward(q, q_tensors, q_spec)[0], reference.forward(k, k_tensors, k_spec)[0]
+    reason = _plain(sides, specs, values)
+    if reason is not None and backend == "compiled" and reason != _TRACED:
+        raise RuntimeError(f"the backend 'compiled' was asked for and cannot run: {reason}")
     asked = backend or backends.asked_by_environment()
-    chosen = backends.choose(q.device, asked)
-    if asked == "reference":
-        return reference.forward(q, q_tensors, q_spec)[0], reference.forward(k, k_tensors, k_spec)[0]
-    big = asked is not None or q.numel() >= MIN_COMPILED_ELEMENTS
-    shapes = (q.shape[-2], q.shape[-1]), (k.shape[-2], k.shape[-1])
-    plan = lean.Plan((q_spec, k_spec), shapes, compiled=chosen == "compiled" and big)
-    return lean.run((q, k), (q_tensors, k_tensors), plan)
+    chosen = "reference" if reason is not None else backends.choose(sides[0].device, asked)
+    if reason is not None or asked == "reference":
+        return tuple(reference.forward(x, t, spec)[0] for x, t, spec in zip(sides, values, specs, strict=True))
+    big = asked is not None or sides[0].numel() >= MIN_COMPILED_ELEMENTS
+    shapes = tuple((x.shape[-2], x.shape[-1]) for x in sides)
+    return lean.run(sides, values, lean.Plan(specs, shapes, compiled=chosen == "compiled" and big))
 
 
-def _plain(q: Tensor, k: Tensor, q_t: SideTensors, k_t: SideTensors, q_spec: SideSpec, k_spec: SideSpec) -> str | None:
+def _plain(sides: tuple[Tensor, ...], specs: tuple[SideSpec, ...], values: tuple[SideTensors, ...]) -> str | None:
     """Why the reference must run as it is, None where nothing stands against the others."""
     if torch.compiler.is_compiling():
         return _TRACED
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms take the reference"
-    if isinstance(q_spec.over, tuple) or isinstance(k_spec.over, tuple):
-        return "over a slice of the head there is the reference alone"
-    tables = (q_t.cos, q_t.sin, k_t.cos, k_t.sin)
+    if any(reference.loses_the_input(spec, t) for spec, t in zip(specs, values, strict=True)):
+        return "a factor of 0 takes the reference"
+    tables = [table for t in values for table in (t.cos, t.sin)]
     if any(t is not None and t.requires_grad for t in tables):
         return "RoPE tables that need a gradient take the reference"
-    weights = (q_t.weight, q_t.bias, q_t.multiplier, k_t.weight, k_t.bias, k_t.multiplier)
-    every = (q, k, *tables, *weights)
-    if q.is_meta or any(type(t) not in (Tensor, torch.nn.Parameter) for t in every if t is not None):
+    every = [*sides, *tables, *(w for t in values for w in (t.weight, t.bias, t.multiplier))]
+    if sides[0].is_meta or any(type(t) not in (Tensor, torch.nn.Parameter) for t in every if t is not None):
         return "meta tensors and subclasses of Tensor take the reference"
     return None

@@ -26,13 +26,12 @@ from nsphere.rope import RopeSpec
 logger = logging.getLogger("nsphere")
 
 Flat = tuple[Tensor | None, ...]
-# How many leading dims of each argument are batch or length; a negative number counts the trailing dims that are not.
-_FREE_OF_SIDE = (0, 0, -1, -1, -2)
-_FREE_FORWARD = (2, 2, *_FREE_OF_SIDE, *_FREE_OF_SIDE)
-_FREE_BACKWARD = (2, 2, -2, -2, 2, 2, 2, 2, *_FREE_OF_SIDE, *_FREE_OF_SIDE)
+# The fields of SideTensors that are tensors, and how many of their leading dims are batch or length; a negative number
+# counts the trailing dims that are not.
+_FIELDS = ("weight", "bias", "cos", "sin", "multiplier")
+_FREE = (0, 0, -1, -1, -2)
 # Plans, and ways to lay out their tensors, whose code is kept; a program has a few of each.
 _MAX_PLANS, _MAX_KINDS = 256, 32
-_NUM_FIELDS = len(dataclasses.fields(SideTensors))
 _serial = itertools.count()
 _undo_factors: Any = WeakIdKeyDictionary()
 
@@ -41,49 +40,65 @@ _undo_factors: Any = WeakIdKeyDictionary()
 class Plan:
     """What one compiled pair of functions is made for; all else, the lengths above all, may vary freely."""
 
-    specs: tuple[SideSpec, SideSpec]
-    shapes: tuple[tuple[int, int], tuple[int, int]]
-    """(H, D) of q and of k."""
+    specs: tuple[SideSpec, ...]
+    shapes: tuple[tuple[int, int], ...]
+    """(H, D) of each side."""
     compiled: bool
 
 
-def run(sides: tuple[Tensor, Tensor], tensors: tuple[SideTensors, SideTensors], plan: Plan) -> tuple[Tensor, Tensor]:
-    """Apply the plan to q and k, with a backward that keeps little (first derivatives only)."""
-    flat = (*_flat(tensors[0]), *_flat(tensors[1]))
+def run(sides: tuple[Tensor, ...], values: tuple[SideTensors, ...], plan: Plan) -> tuple[Tensor, ...]:
+    """Apply the plan to q and k, or to one of them, with a backward that keeps little (first derivatives only)."""
+    flat = tuple(getattr(t, field) for t in values for field in _FIELDS)
+    constants = tuple(t.constant for t in values)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*sides, *flat)):
-        return _Function.apply(*sides, plan, *flat)
+        return _Function.apply(plan, constants, *sides, *flat)
     with torch.autocast(sides[0].device.type, enabled=False), torch.no_grad():
-        q, k, _, _ = _forward(plan)(*sides, *flat)
-    return q, k
+        return _forward(plan)(*sides, *flat, *_tensors(constants))[: len(sides)]
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, plan: Plan, *flat: Tensor | None) -> tuple[Tensor, Tensor]:
-        ctx.plan = plan
-        with torch.autocast(q.device.type, enabled=False):
-            q_out, k_out, q_inverse, k_inverse = _forward(plan)(q, k, *flat)
-        kept = [
-            _kept(x, y, t, spec) for x, y, t, spec in zip((q, k), (q_out, k_out), _sides(flat), plan.specs, strict=True)
-        ]
-        ctx.save_for_backward(*kept, q_inverse, k_inverse, *flat)
-        return q_out, k_out
+    def forward(ctx: Any, plan: Plan, constants: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
+        n = len(plan.specs)
+        ctx.plan, ctx.constants = plan, constants
+        sides, flat = tensors[:n], tensors[n:]
+        with torch.autocast(sides[0].device.type, enabled=False):
+            results = _forward(plan)(*sides, *flat, *_tensors(constants))
+        outputs, inverses = results[:n], results[n:]
+        values = _sides(flat, constants)
+        kept = [_kept(*side) for side in zip(sides, outputs, values, plan.specs, strict=True)]
+        ctx.save_for_backward(*kept, *inverses, *flat)
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(q_grad.device.type, enabled=False):
-            plan, saved = ctx.plan, ctx.saved_tensors  # asked for once: checkpointing hands them out once
-            flat = saved[4:]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        plan, n = ctx.plan, len(ctx.plan.specs)
+        with torch.autocast(grads[0].device.type, enabled=False):
+            saved = ctx.saved_tensors  # asked for once: checkpointing hands them out once
+            kept, flat = saved[: 2 * n], saved[2 * n :]
             undo = [
-                _undo(t, spec, head_dim, compute_dtype(q_grad), plan.compiled)
-                for t, spec, (_, head_dim) in zip(_sides(flat), plan.specs, plan.shapes, strict=True)
+                _undo(t, spec, head_dim, compute_dtype(grads[0]), plan.compiled)
+                for t, spec, (_, head_dim) in zip(_sides(flat, ctx.constants), plan.specs, plan.shapes, strict=True)
             ]
-            wanted = tuple(t is not None and n for t, n in zip(flat, ctx.needs_input_grad[3:], strict=True))
-            (dq, *q_rest), (dk, *k_rest) = _backward(plan, wanted)(q_grad, k_grad, *undo, *saved)
-        grads = (*_spread(q_rest), *_spread(k_rest))
-        grads = tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, flat, strict=True))
-        return dq, dk, None, *grads
+            needed = ctx.needs_input_grad[2 + n :]
+            wanted = tuple(t is not None and need for t, need in zip(flat, needed, strict=True))
+            results = _backward(plan, wanted)(*grads, *kept, *undo, *flat, *_tensors(ctx.constants))
+        inputs = [dx for dx, *_ in results]
+        rest = [g for _, dw, db, dm in results for g in (dw, db, None, None, dm)]
+        rest = [None if g is None or t is None else g.to(t.dtype) for g, t in zip(rest, flat, strict=True)]
+        return None, None, *inputs, *rest
+
+
+def _tensors(constants: tuple[Any, ...]) -> Flat:
+    """As tensors, so that code compiled for one number serves all; None for 1, which costs nothing."""
+    return tuple(None if c == 1 else torch.tensor(c, dtype=torch.float64) for c in constants)
+
+
+def _sides(flat: tuple[Any, ...], constants: tuple[Any, ...]) -> list[SideTensors]:
+    n = len(_FIELDS)
+    rows = [flat[i : i + n] for i in range(0, len(flat), n)]
+    return [SideTensors(*row, 1.0 if c is None else c) for row, c in zip(rows, constants, strict=True)]  # type: ignore[call-arg]
 
 
 def _undo(t: SideTensors, spec: SideSpec, head_dim: int, dtype: torch.dtype, compiled: bool) -> Tensor | None:
@@ -91,7 +106,7 @@ def _undo(t: SideTensors, spec: SideSpec, head_dim: int, dtype: torch.dtype, com
     cos, sin = t.cos, t.sin
     if spec.norm is None or spec.rope is None or cos is None or sin is None:
         return None
-    if not spec.norm_first or not reference.from_output(spec, t):
+    if not spec.norm_first or not reference.from_output(t):
         return None
     # q and k, layers and steps share their tables: the factors live as long as the cosines they were made of
     key = (spec.rope, head_dim, dtype, compiled, cos._version, sin._version)
@@ -111,49 +126,41 @@ def _undo_function(rope: RopeSpec, head_dim: int, dtype: torch.dtype, compiled: 
 
 
 def _kept(x: Tensor, y: Tensor, t: SideTensors, spec: SideSpec) -> Tensor | None:
-    if reference.from_output(spec, t):
+    if reference.from_output(t):
         return None if spec.norm is None else y
     return x
 
 
-def _flat(t: SideTensors) -> Flat:
-    return t.weight, t.bias, t.cos, t.sin, t.multiplier
-
-
-def _spread(grads: list[Tensor | None]) -> Flat:
-    dw, db, dm = grads
-    return dw, db, None, None, dm
-
-
-def _sides(flat: Flat) -> tuple[SideTensors, SideTensors]:
-    return SideTensors(*flat[:_NUM_FIELDS]), SideTensors(*flat[_NUM_FIELDS:])
-
-
 @functools.lru_cache(_MAX_PLANS)
 def _forward(plan: Plan) -> Callable[..., Any]:
-    def forward(q: Tensor, k: Tensor, *flat: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        q_side, k_side = _sides(flat)
-        q, q_inverse = reference.forward(q, q_side, plan.specs[0])
-        k, k_inverse = reference.forward(k, k_side, plan.specs[1])
-        return q, k, q_inverse, k_inverse
+    """(each x, all fields of the sides, their constants) -> (each y, each 1/root)."""
+    n = len(plan.specs)
 
-    return _compile(forward, _FREE_FORWARD) if plan.compiled else forward
+    def forward(*tensors: Any) -> tuple[Tensor | None, ...]:
+        values = _sides(tensors[n:-n], tensors[-n:])
+        results = [reference.forward(*side) for side in zip(tensors[:n], values, plan.specs, strict=True)]
+        return *(y for y, _ in results), *(inverse for _, inverse in results)
+
+    return _compile(forward, (*[2] * n, *_FREE * n, *[0] * n)) if plan.compiled else forward
 
 
 @functools.lru_cache(_MAX_PLANS)
 def _backward(plan: Plan, wanted: tuple[bool, ...]) -> Callable[..., Any]:
-    """The backward that computes the gradients that are wanted, besides those of q and k."""
-    q_wanted, k_wanted = ((w, b, m) for w, b, _, _, m in (wanted[:_NUM_FIELDS], wanted[_NUM_FIELDS:]))
+    """(each gradient, kept tensor, 1/root and undo factors; fields; constants) -> per side (dx, dw, db, dm).
 
-    def backward(q_grad: Tensor, k_grad: Tensor, *rest: Tensor | None) -> tuple[Flat, Flat]:
-        q_undo, k_undo, q_kept, k_kept, q_inverse, k_inverse, *flat = rest
-        q_side, k_side = _sides(tuple(flat))
-        return (
-            reference.backward(q_grad, q_kept, q_inverse, q_side, plan.specs[0], q_undo, q_wanted),
-            reference.backward(k_grad, k_kept, k_inverse, k_side, plan.specs[1], k_undo, k_wanted),
-        )
+    What is not wanted is None.
+    """
+    n, num_fields = len(plan.specs), len(_FIELDS)
+    rows = [wanted[i : i + num_fields] for i in range(0, len(wanted), num_fields)]
+    wanted_of = [(weight, bias, multiplier) for weight, bias, _, _, multiplier in rows]
 
-    return _compile(backward, _FREE_BACKWARD) if plan.compiled else backward
+    def backward(*tensors: Any) -> list[tuple[Tensor | None, ...]]:
+        grads, kept, inverses, undo = (tensors[i * n : (i + 1) * n] for i in range(4))
+        values = _sides(tensors[4 * n : -n], tensors[-n:])
+        sides = zip(grads, kept, inverses, values, plan.specs, undo, wanted_of, strict=True)
+        return [reference.backward(*side) for side in sides]
+
+    return _compile(backward, (*[2] * 3 * n, *[-2] * n, *_FREE * n, *[0] * n)) if plan.compiled else backward
 
 
 def _compile(function: Callable[..., Any], free: tuple[int, ...]) -> Callable[..., Any]:

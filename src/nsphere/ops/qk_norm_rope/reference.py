@@ -25,19 +25,19 @@ class SideSpec:
     """The norm before RoPE, or after it."""
     over: str | int | tuple[int, int] = "head"
     """"head", "full", the width of a group of consecutive dims, or a slice (start, stop) of each head."""
-    constant: float = 1.0
-    """A constant factor, beside the multiplier that is a tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SideTensors:
-    """The tensors that go with a SideSpec; None for what it does not have."""
+    """The values that go with a SideSpec, which may change from call to call; None for what it does not have."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
     multiplier: Tensor | None = None
+    constant: float | Tensor = 1.0
+    """A factor beside the multiplier that gets no gradient: a number, or a tensor [] for code that serves them all."""
 
 
 def forward(x: Tensor, t: SideTensors, spec: SideSpec) -> tuple[Tensor, Tensor | None]:
@@ -45,8 +45,8 @@ def forward(x: Tensor, t: SideTensors, spec: SideSpec) -> tuple[Tensor, Tensor |
 
     Args:
         x: [B, T, H, D], any strides.
-        t: the weights in the shapes of `NormSpec.weight`, tables [T, R/2] or [B, T, R/2], and a multiplier that
-            broadcasts to [B, T, H, D].
+        t: the weights in the shapes of `NormSpec.weight`, tables [T, R/2], [B, T, R/2] or [B, T, H, R/2], and a
+            multiplier that broadcasts to [B, T, H, D].
         spec: what to do.
 
     Returns:
@@ -62,16 +62,21 @@ def forward(x: Tensor, t: SideTensors, spec: SideSpec) -> tuple[Tensor, Tensor |
         x = rotate(x, t.cos, t.sin, spec.rope)
     if spec.norm is not None and not spec.norm_first:
         x, inverse = _norm(x, t, spec, eps)
-    return _multiply(x, t.multiplier, spec.constant).to(dtype), inverse
+    return _multiply(x, t.multiplier, t.constant).to(dtype), inverse
 
 
-def from_output(spec: SideSpec, t: SideTensors) -> bool:
+def from_output(t: SideTensors) -> bool:
     """Whether the backward can start from the output, so that the input need not be kept.
 
-    It can where the output gives the standardised input back: no weight, no multiplier that is a tensor.
+    It can where the output gives the standardised input back: no weight, no multiplier that is a tensor. (Nor may
+    the constant or the norm's scale be 0, see `loses_the_input`.)
     """
-    scale = spec.constant if spec.norm is None else spec.constant * spec.norm.scale
-    return t.weight is None and t.multiplier is None and scale != 0
+    return t.weight is None and t.multiplier is None
+
+
+def loses_the_input(spec: SideSpec, t: SideTensors) -> bool:
+    """Whether a factor of 0 leaves nothing to start a backward from: such a side takes autograd's."""
+    return bool(t.constant == 0) or (spec.norm is not None and spec.norm.scale == 0)
 
 
 def backward(
@@ -93,7 +98,7 @@ def backward(
         saved: the output where `from_output`, else the input; None where neither is needed.
         inverse: 1/root, as `forward` returned it.
         t: as in `forward`.
-        spec: as in `forward`; over a slice it is not supported.
+        spec: as in `forward`.
         undo: what `undo_factors` returns, where it was made before.
         wanted: whether the gradients of weight, bias and multiplier are; what is not is None.
     """
@@ -109,8 +114,8 @@ def backward(
     if spec.norm is None:
         dm = None
         if t.multiplier is not None and saved is not None and wanted[2]:
-            dm = _sum_to(grad * turn(saved.to(wide)) * spec.constant, t.multiplier)
-        return turn(_multiply(grad, t.multiplier, spec.constant), back=True).to(dtype), None, None, dm
+            dm = _sum_to(grad * turn(saved.to(wide)) * t.constant, t.multiplier)
+        return turn(_multiply(grad, t.multiplier, t.constant), back=True).to(dtype), None, None, dm
 
     norm, eps = spec.norm, eps_of(spec.norm, dtype)
     assert saved is not None and inverse is not None
@@ -131,9 +136,9 @@ def backward(
             return torch.where(share > 0, taken / share, 0.0)
         return taken
 
-    if from_output(spec, t) and spec.norm_first and isinstance(spec.over, str):
+    if from_output(t) and spec.norm_first and isinstance(spec.over, str):
         # R turns within what a statistic spans, so u · x̂ = grad · y, and one rotation takes back both terms of dx
-        constant = spec.constant * norm.scale
+        constant = t.constant * norm.scale
         if undo is None and rope is not None and cos is not None and sin is not None:
             undo = undo_factors(cos, sin, rope, grad.shape[-1], wide)
         product, dims = groups(grad * saved, spec.over)
@@ -147,17 +152,19 @@ def backward(
             dx = dx - dx.mean(dims, keepdim=True)
         return (dx * inverse).to(dtype), None, None, None
 
-    u = _multiply(grad, t.multiplier, spec.constant)
-    u, dims = groups(turn(u, back=True) if spec.norm_first else u, spec.over)
+    whole = _multiply(grad, t.multiplier, t.constant)
+    whole = turn(whole, back=True) if spec.norm_first else whole
+    u, dims = groups(whole, spec.over)
     factor = broadcast(t.weight, spec, grad.shape, wide)
-    if from_output(spec, t):
-        standard = saved / (spec.constant * norm.scale)
+    if from_output(t):
+        normed = saved / t.constant
         if spec.norm_first and rope is not None and cos is not None and sin is not None:
             undo = undo_factors(cos, sin, rope, grad.shape[-1], wide) if undo is None else undo
-            standard = turn(standard * undo, back=True)
-        standard, _ = groups(standard, spec.over)
+            normed = turn(normed * undo, back=True)
+        standard = groups(normed, spec.over)[0] / norm.scale
     else:
-        standard, _ = groups(saved if spec.norm_first else turn(saved), spec.over)
+        normed = saved if spec.norm_first else turn(saved)
+        standard, _ = groups(normed, spec.over)
         if norm.statistic == "layer":
             standard = standard - standard.mean(dims, keepdim=True)
         standard = standard * inverse
@@ -171,30 +178,33 @@ def backward(
     factor = 1 + factor if factor is not None and norm.zero_centered else factor
     if t.multiplier is not None and wanted[2]:
         before = _affine(standard, factor, broadcast(t.bias, spec, grad.shape, wide), norm.scale)
-        before = before.reshape(grad.shape)
-        dm = _sum_to(grad * (turn(before) if spec.norm_first else before) * spec.constant, t.multiplier)
+        before = put_back(before, normed, spec.over)
+        dm = _sum_to(grad * (turn(before) if spec.norm_first else before) * t.constant, t.multiplier)
 
     u = _affine(u, factor, None, norm.scale)
     dx = u - standard * along(u * standard, lambda: standard * standard, dims)
     if norm.statistic == "layer":
         dx = dx - u.mean(dims, keepdim=True)
-    dx = (dx * inverse).reshape(grad.shape)
+    dx = put_back(dx * inverse, whole, spec.over)
     return (dx if spec.norm_first else turn(dx, back=True)).to(dtype), dw, db, dm
 
 
 def undo_factors(cos: Tensor, sin: Tensor, rope: RopeSpec, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """1/(cos² + sin²) as [..., 1, D], which makes the transposed rotation the inverse one.
+    """1/(cos² + sin²) as [..., 1 or H, D], which makes the transposed rotation the inverse one.
 
     Tables that carry a factor (YaRN's) or were rounded (to bf16) are no exact rotation. A pair whose tables are
     both 0, as padding has them, gives nothing back: its factor is 0.
     """
-    ones = torch.ones((*cos.shape[:-1], 1, head_dim), dtype=dtype, device=cos.device)
+    shape = (*cos.shape[:-1], head_dim) if cos.dim() == 4 else (*cos.shape[:-1], 1, head_dim)
+    ones = torch.ones(shape, dtype=dtype, device=cos.device)
     squares = rotate(rotate(ones, cos, sin, rope, inverse=True), cos, sin, rope)
     return torch.where(squares == 0, 0.0, 1 / squares)
 
 
 def groups(x: Tensor, over: str | int | tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
-    """Show x with the dims that one statistic spans last, and say which those are; a view at any strides."""
+    """Show of x what is normalised, the dims that one statistic spans last, and say which those are; a view."""
+    if isinstance(over, tuple):
+        return x[..., slice(*over)], (-1,)
     if over == "head":
         return x, (-1,)
     if over == "full":
@@ -206,6 +216,13 @@ def groups(x: Tensor, over: str | int | tuple[int, int]) -> tuple[Tensor, tuple[
     return x.unflatten(-2, (x.shape[-2] * head_dim // over, over // head_dim)), (-2, -1)
 
 
+def put_back(grouped: Tensor, x: Tensor, over: str | int | tuple[int, int]) -> Tensor:
+    """What `groups` showed of x, changed, in its place."""
+    if isinstance(over, tuple):
+        return torch.cat((x[..., : over[0]], grouped, x[..., over[1] :]), -1)
+    return grouped.reshape(x.shape)
+
+
 def broadcast(w: Tensor | None, spec: SideSpec, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
     """A weight or bias as a view that broadcasts to `groups(x)`."""
     if w is None or spec.norm is None:
@@ -213,9 +230,10 @@ def broadcast(w: Tensor | None, spec: SideSpec, shape: torch.Size, dtype: torch.
     w, kind, (heads, head_dim) = w.to(dtype), spec.norm.weight, shape[-2:]
     if kind == "scalar":
         return w
-    if spec.over == "head":
-        shapes = {"shared": (head_dim,), "scalar_per_head": (heads, 1)}
-        return w.view(shapes.get(kind, (heads, head_dim)))
+    if spec.over == "head" or isinstance(spec.over, tuple):
+        width = spec.over[1] - spec.over[0] if isinstance(spec.over, tuple) else head_dim
+        shapes = {"shared": (width,), "scalar_per_head": (heads, 1)}
+        return w.view(shapes.get(kind, (heads, width)))
     if spec.over == "full":
         return w.view(heads, head_dim) if kind != "scalar_per_head" else w
     assert isinstance(spec.over, int)
@@ -230,17 +248,12 @@ def broadcast(w: Tensor | None, spec: SideSpec, shape: torch.Size, dtype: torch.
 
 def _norm(x: Tensor, t: SideTensors, spec: SideSpec, eps: float) -> tuple[Tensor, Tensor]:
     assert spec.norm is not None
-    if isinstance(spec.over, tuple):
-        start, stop = spec.over
-        whole = dataclasses.replace(spec, over="head")
-        y, inverse = _norm(x[..., start:stop], t, whole, eps)
-        return torch.cat((x[..., :start], y, x[..., stop:]), -1), inverse
     grouped, dims = groups(x, spec.over)
     y, inverse = standardize(grouped, spec.norm, eps, dims)
     factor = broadcast(t.weight, spec, x.shape, x.dtype)
     factor = 1 + factor if factor is not None and spec.norm.zero_centered else factor
     y = _affine(y, factor, broadcast(t.bias, spec, x.shape, x.dtype), spec.norm.scale)
-    return y.reshape(x.shape), inverse
+    return put_back(y, x, spec.over), inverse
 
 
 def _affine(x: Tensor, factor: Tensor | None, shift: Tensor | None, scale: float) -> Tensor:
@@ -249,9 +262,9 @@ def _affine(x: Tensor, factor: Tensor | None, shift: Tensor | None, scale: float
     return x if shift is None else x + shift
 
 
-def _multiply(x: Tensor, multiplier: Tensor | None, constant: float) -> Tensor:
+def _multiply(x: Tensor, multiplier: Tensor | None, constant: float | Tensor) -> Tensor:
     x = x if multiplier is None else x * multiplier.to(x.dtype)
-    return x if constant == 1 else x * constant
+    return x if isinstance(constant, float) and constant == 1 else x * constant
 
 
 def _sum_to(x: Tensor, like: Tensor) -> Tensor:
