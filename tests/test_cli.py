@@ -8,10 +8,11 @@ import tiny
 import torch
 
 import nsphere
-from nsphere import cli
+from nsphere import cli, norms
 from nsphere.table import printable
 from nsphere.train.arms import SHAPE_FIELDS
 from nsphere.train.loop import train
+from nsphere.train.saved import load_run
 
 SHAPE = (
     *("--d-model", "32", "--num-layers", "1", "--num-heads", "2", "--context", "16"),
@@ -251,3 +252,67 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, capsys) -
     monkeypatch.setitem(sys.modules, "tyro", None)  # as where only torch is installed
     said = call(capsys, "families")
     assert said == (2, "", "nsphere families: the package tyro is not installed; pip install 'nsphere[train]'\n")
+
+
+# norms of the user's own
+
+P_NORM = """
+import torch
+from nsphere import Norm, register_norm
+
+
+@register_norm("p4")
+class P4Norm(Norm):
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        y = x.float()
+        return (y / y.pow(4).mean(-1, keepdim=True).add(1e-6).pow(0.25) * self.weight).to(x.dtype)
+"""
+
+
+@pytest.fixture
+def p_norm(tmp_path, monkeypatch):
+    """A file with a norm, and a registry that forgets it again."""
+    monkeypatch.setattr(norms, "_NORMS", dict(norms._NORMS))
+    path = tmp_path / "my_norms.py"
+    path.write_text(P_NORM)
+    return path
+
+
+def test_a_norm_of_ones_own_trains_resumes_and_generates(capsys, tmp_path, text, p_norm, monkeypatch) -> None:
+    out = tmp_path / "run"
+    train_it = ["train", "--out", out, "--arm", "gpt:qk_norm=p4", "--data", text, *QUICK]
+    assert_refused(call(capsys, *train_it), "unknown norm 'p4'; known: .*--import the file that does")
+    assert not out.exists()
+    assert call(capsys, *train_it, "--import", p_norm)[0] == 0
+    weights = load_run(out, torch.device("cpu")).model.state_dict()
+    gains = [value for name, value in weights.items() if name.endswith(("q_norm.weight", "k_norm.weight"))]
+    assert len(gains) == 2 and all((gain != 1).any() for gain in gains)
+    assert str(p_norm.name) not in (out / "config.json").read_text()  # nothing there to be imported from
+    generate = ["generate", out, "--device", "cpu", "--max-new-tokens", "4"]
+    assert call(capsys, *generate, "--import", p_norm)[0] == 0  # the same file twice is no clash
+    assert call(capsys, *train_it, "--import", p_norm, "--resume")[0] == 0
+
+    monkeypatch.setattr(norms, "_NORMS", {k: v for k, v in norms._NORMS.items() if k != "p4"})  # another process
+    for command in (generate, ["inspect", out, "--device", "cpu"], [*train_it, "--resume"]):
+        assert_refused(
+            call(capsys, *command), "unknown norm 'p4'; known: l2, layer, rms; .*--import the file that does"
+        )
+    compare = ["compare", "--out", tmp_path / "both", "--arms", "gpt", "gpt:qk_norm=p4", "--data", text, *QUICK]
+    assert_refused(call(capsys, *compare), "unknown norm 'p4'")
+
+
+def test_what_cannot_be_imported(capsys, tmp_path, text) -> None:
+    (tmp_path / "broken.py").write_text("import no_such_package")
+    (tmp_path / "torch.py").write_text("raise RuntimeError('mine')")
+    for name, message in (
+        (tmp_path / "gone.py", "gone.py: not found; give a .py file, or a module that is installed"),
+        ("no_such_module", "--import no_such_module: not found; give"),
+        ("no_such.module", "--import no_such.module: not found; give"),
+        (tmp_path / "broken.py", "broken.py failed: ModuleNotFoundError: No module named 'no_such_package'"),
+        (tmp_path / "torch.py", "torch.py failed: RuntimeError: mine"),
+    ):
+        assert_refused(call(capsys, "families", "--import", name), message)

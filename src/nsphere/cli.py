@@ -1,6 +1,7 @@
 """The `nsphere` command. Each subcommand imports what it needs when it runs."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -29,6 +30,8 @@ usage: nsphere COMMAND [flags]      (nsphere COMMAND --help tells the flags)
   inspect    pictures of the inside of a trained model
   families   the published QK-norm variants, as a table
   info       what this machine can do, and why not
+
+Every command takes --import FILE.py (or an installed module): code of yours, such as a norm, to have by name.
 """
 
 
@@ -96,14 +99,30 @@ def _complain(message: str, code: int) -> int:
 
 
 def _parse(kind: type[Args], name: str, argv: list[str]) -> Args:
-    """The flags of a command as its dataclass; a mistake becomes a ValueError of one line."""
+    """The flags of a command as its dataclass; a mistake becomes a ValueError of one line.
+
+    Every command takes --import beside its own, and has imported what it names when this returns.
+    """
     import tyro
 
+    from nsphere.plugins import import_plugin
+
+    about = "A .py file, or an installed module, to import first: it may add norms with register_norm. Repeatable."
+    flag = tyro.conf.arg(name="import", help=about, metavar="FILE.py|MODULE")
+    plugins = Annotated[tuple[str, ...], flag, tyro.conf.UseAppendAction]
+    with_import = dataclasses.make_dataclass(
+        kind.__name__,
+        [("plugins", plugins, field(default=()))],
+        bases=(kind,),
+        namespace={"__doc__": kind.__doc__},
+        frozen=True,
+        kw_only=True,
+    )
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                kind,
+            args = tyro.cli(
+                with_import,
                 args=argv,
                 prog=f"nsphere {name}",
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
@@ -112,6 +131,9 @@ def _parse(kind: type[Args], name: str, argv: list[str]) -> Args:
         if stop.code in (0, None):
             raise
         raise ValueError(_one_line(complaint.getvalue(), name)) from None
+    for plugin in args.plugins:
+        import_plugin(plugin)
+    return args
 
 
 def _one_line(box: str, name: str) -> str:

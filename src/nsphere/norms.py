@@ -430,7 +430,10 @@ def make_norm(norm: Any, dim: int, *, num_heads: int | None = None, **options: A
         return norm
     if isinstance(norm, str):
         if norm not in _NORMS:
-            raise ValueError(f"unknown norm {norm!r}; known: {', '.join(norm_names())}; add one with register_norm")
+            raise ValueError(
+                f"unknown norm {norm!r}; known: {', '.join(norm_names())}; add one with register_norm (on the command "
+                "line, --import the file that does)"
+            )
         norm = _NORMS[norm]
     if not callable(norm):
         raise TypeError(f"a norm is a name, a class, a partial, an instance or None; got {norm!r}")
