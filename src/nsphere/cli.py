@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from nsphere import __version__
 
@@ -121,7 +121,7 @@ def _parse(kind: type[Args], name: str, argv: list[str]) -> Args:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            args = tyro.cli(
+            args: Any = tyro.cli(
                 with_import,
                 args=argv,
                 prog=f"nsphere {name}",
