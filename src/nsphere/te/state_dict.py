@@ -1,0 +1,82 @@
+"""Between the ways in which a state dict may hold q, k and v: apart, one after the other, or interleaved by group."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Any], module: nn.Module, *, qkv_weight_interleaved: bool = True
+) -> dict[str, Any]:
+    """A state dict as `module` takes it, whatever fuse_qkv_params and qkv_weight_interleaved it was saved with.
+
+    The module is one of this library's, or one of Transformer Engine's (untested on real Transformer Engine); nothing
+    but its attributes and keys is read. A module built like the one that was saved needs no conversion: keys and layout
+    are Transformer Engine's.
+
+    Args:
+        state_dict: of a MultiheadAttention, a TransformerLayer, or a model that holds some.
+        module: what is to load it.
+        qkv_weight_interleaved: of fused parameters in the state dict, which do not show it: whether their rows go
+            group by group.
+
+    Returns:
+        A dict with the same tensors, those of q, k and v rearranged.
+    """
+    converted = dict(state_dict)
+    for name, attention in module.named_modules():
+        if not hasattr(attention, "qkv_weight_interleaved") or not hasattr(attention, "num_gqa_groups"):
+            continue
+        prefix = f"{name}." if name else ""
+        for child in ("qkv", "layernorm_qkv", "key_value", "layernorm_query"):
+            target = getattr(attention, child, None)
+            if target is not None:
+                parts = {"key_value": ("key", "value"), "layernorm_query": ("query",)}
+                names = parts.get(child, ("query", "key", "value"))
+                for kind in ("weight", "bias"):
+                    fused = target.weight_names == ["weight"]
+                    _convert(converted, f"{prefix}{child}.", kind, names, attention, fused, qkv_weight_interleaved)
+    return converted
+
+
+def _convert(
+    state: dict[str, Any],
+    prefix: str,
+    kind: str,
+    names: tuple[str, ...],
+    attention: Any,
+    fused: bool,
+    interleaved: bool,
+) -> None:
+    apart_keys, fused_key = [f"{prefix}{name}_{kind}" for name in names], f"{prefix}{kind}"
+    groups, head_dim = attention.num_gqa_groups, attention.hidden_size_per_attention_head
+    heads = {"query": attention.num_attention_heads // groups, "key": 1, "value": 1}
+    counts = [heads[name] for name in names]
+    if fused_key in state:
+        parts = _apart(state.pop(fused_key), counts, groups, head_dim, interleaved and len(names) > 1)
+    elif apart_keys[0] in state:
+        parts = [state.pop(key) for key in apart_keys]
+    else:
+        return
+    if fused:
+        state[fused_key] = _together(
+            parts, counts, groups, head_dim, attention.qkv_weight_interleaved and len(names) > 1
+        )
+    else:
+        state.update(zip(apart_keys, parts, strict=True))
+
+
+def _apart(rows: Tensor, counts: list[int], groups: int, head_dim: int, interleaved: bool) -> list[Tensor]:
+    if not interleaved:
+        return list(rows.split([count * groups * head_dim for count in counts]))
+    by_group = rows.unflatten(0, (groups, sum(counts) * head_dim))
+    return [part.flatten(0, 1) for part in by_group.split([count * head_dim for count in counts], 1)]
+
+
+def _together(parts: list[Tensor], counts: list[int], groups: int, head_dim: int, interleaved: bool) -> Tensor:
+    if not interleaved:
+        return torch.cat(parts)
+    by_group = [part.unflatten(0, (groups, count * head_dim)) for part, count in zip(parts, counts, strict=True)]
+    return torch.cat(by_group, 1).flatten(0, 1)
