@@ -57,8 +57,8 @@ def test_document_mask(fields):
 def test_cache_gives_the_logits_of_the_full_forward(fields):
     model = make(**fields)
     tokens, _ = batch(num_tokens=11)
-    caches = model.make_caches(2, 11, torch.float64)
-    parts = [model(tokens[:, a:b], caches=caches) for a, b in ((0, 1), (1, 6), (6, 11))]
+    cache = model.make_cache(2, 11, torch.float64)
+    parts = [model(tokens[:, a:b], cache=cache) for a, b in ((0, 1), (1, 6), (6, 11))]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens), rtol=1e-11, atol=1e-12)
 
 

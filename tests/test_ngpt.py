@@ -306,8 +306,8 @@ def test_cache_gives_the_logits_of_the_full_forward(fields):
     model = make(**fields)
     tokens, _ = batch(num_tokens=11)  # longer than the context, so the tables grow on the way
     full = model(tokens)
-    caches = model.make_caches(2, 11, torch.float64)
-    parts = [model(tokens[:, a:b], caches=caches) for a, b in ((0, 4), (4, 5), (5, 8), (8, 11))]
+    cache = model.make_cache(2, 11, torch.float64)
+    parts = [model(tokens[:, a:b], cache=cache) for a, b in ((0, 4), (4, 5), (5, 8), (8, 11))]
     torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=1e-11, atol=1e-12)
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nsphere.layers import Attention, Decoder, DecoderConfig, KVCache, RopeTables, SwiGLU, check_positive
+from nsphere.kv_cache import Slots
+from nsphere.layers import Attention, Decoder, DecoderConfig, RopeTables, SwiGLU, check_positive
 from nsphere.norms import make_norm
 from nsphere.ops.embedding import embedding
 from nsphere.qk_norm import QKNorm
@@ -61,7 +62,7 @@ class GPTBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(d, eps=config.norm_eps)
         self.mlp = SwiGLU(linear(d, config.d_mlp), linear(d, config.d_mlp), linear(config.d_mlp, d))
 
-    def forward(self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: Slots | None = None) -> Tensor:
         h = h + self.attn(self.attn_norm(h), rope, mask, cache)
         return h + self.mlp(self.mlp_norm(h))
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsphere.kv_cache import CacheDtype, KVCache, Slots
 from nsphere.ops.linear_cross_entropy import linear_cross_entropy
 from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
@@ -77,43 +78,6 @@ def check_positive(config: object, *names: str) -> None:
             raise ValueError(f"{name} must be a positive number, got {value}")
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, for one layer, in storage that is laid out once.
-
-    Args:
-        batch_size: sequences.
-        max_tokens: most tokens that it will hold.
-        num_kv_heads: K.
-        head_dim: D.
-        dtype: of what is stored.
-        device: where.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        max_tokens: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        shape = (batch_size, max_tokens, num_kv_heads, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.num_tokens = 0
-
-    def append(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store what is new; all keys and values so far [B, S, K, D]."""
-        end = self.num_tokens + k_BTKD.shape[1]
-        if end > self.k.shape[1]:
-            raise ValueError(f"the cache holds {self.k.shape[1]} tokens, {end} were asked for; make it larger")
-        self.k[:, self.num_tokens : end] = k_BTKD
-        self.v[:, self.num_tokens : end] = v_BTKD
-        self.num_tokens = end
-        return self.k[:, :end], self.v[:, :end]
-
-
 class Attention(nn.Module):
     """Causal self-attention: y = W_o softmax(scale · q kᵀ) v, with q and k normalised and rotated by `qk_norm`.
 
@@ -139,7 +103,7 @@ class Attention(nn.Module):
         q, k = self.qk_norm(q, k, rope=rope)
         return q, k, v
 
-    def forward(self, x: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: Slots | None = None) -> Tensor:
         """X [B, T, d] → [B, T, d].
 
         Args:
@@ -192,6 +156,8 @@ class Decoder(nn.Module):
 
     rope_cos: Tensor
     rope_sin: Tensor
+    unit_keys = False
+    """Whether the keys that attention sees are unit vectors, which a cache in eight bits makes use of."""
 
     def __init__(
         self, config: DecoderConfig, embed: nn.Module, blocks: Sequence[nn.Module], final_norm: nn.Module
@@ -236,33 +202,48 @@ class Decoder(nn.Module):
         return self.rope_cos[start:end], self.rope_sin[start:end]
 
     def hidden(
-        self, tokens: Tensor, document_ids: Tensor | None = None, caches: Sequence[KVCache] | None = None
+        self,
+        tokens: Tensor,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Tokens [B, T] → what the last block returns [B, T, d], before `final_norm`; see `forward`."""
         num_tokens = tokens.shape[1]
-        start = caches[0].num_tokens if caches else 0
-        mask = positions = None
+        mask = None
+        if positions is not None and cache is None:
+            raise ValueError("positions are those of a cache; without one they follow from document_ids")
         if document_ids is not None:
-            if caches:
+            if cache is not None:
                 raise ValueError("document_ids and a cache exclude each other; a cache holds one document a row")
             same_document = document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2)
             mask = same_document.tril().unsqueeze(1)
             # positions count from the start of each document: nGPT's attention sees more than their differences,
             # because s_qk scales the two dims of a rotated pair apart
             positions = mask.sum(-1).squeeze(1) - 1
-        elif start > 0:
-            mask = torch.ones(num_tokens, start + num_tokens, dtype=torch.bool, device=tokens.device)
-            mask = mask.tril(start)[None, None]
-        rope = self._rope(start, start + num_tokens)
-        if positions is not None:
-            rope = rope[0][positions], rope[1][positions]
+        elif cache is not None:
+            if positions is None:
+                start = cache.end
+                cache.reserve(start + num_tokens)
+                positions = torch.arange(start, cache.end, device=tokens.device).expand(tokens.shape)
+            if num_tokens < cache.end:  # else the row begins here, and the mask is the causal one
+                mask = cache.mask(positions)
+            self._rope(0, cache.end)  # makes tables longer than the context where they are needed
+        if positions is None:
+            rope = self._rope(0, num_tokens)
+        else:
+            rope = self.rope_cos[positions], self.rope_sin[positions]
         h = self.embed(tokens)
         for i, block in enumerate(self.blocks):
-            h = block(h, rope, mask, caches[i] if caches else None)
+            h = block(h, rope, mask, None if cache is None else cache.layer(i, positions))  # type: ignore[arg-type]
         return h
 
     def forward(
-        self, tokens: Tensor, document_ids: Tensor | None = None, caches: Sequence[KVCache] | None = None
+        self,
+        tokens: Tensor,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Tokens [B, T] → logits [B, T, V].
 
@@ -271,9 +252,12 @@ class Decoder(nn.Module):
             document_ids: int [B, T], the document that each token of a packed row belongs to: tokens see only
                 their own document, and get the logits they would get in a row of their own. None: the row is one
                 document.
-            caches: one KVCache a block, for generation; the T tokens follow what it holds.
+            cache: of earlier tokens, for generation; see `make_cache`.
+            positions: int64 [B, T], where the tokens stand in their rows of the cache, each before `cache.end`. If
+                not given they follow what the cache holds, the same for every row.
         """
-        return F.linear(self.final_norm(self.hidden(tokens, document_ids, caches)), self.output_weight())
+        h = self.final_norm(self.hidden(tokens, document_ids, cache, positions))
+        return F.linear(h, self.output_weight())
 
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats per token, fp32 []; targets int64 [B, T], -100 where none."""
@@ -299,10 +283,19 @@ class Decoder(nn.Module):
         """All learned numbers, shared ones once."""
         return sum(p.numel() for p in self.parameters())
 
-    def make_caches(self, batch_size: int, max_tokens: int, dtype: torch.dtype) -> list[KVCache]:
-        """Empty caches for generation, one a block."""
+    def make_cache(
+        self, batch_size: int, max_tokens: int, dtype: CacheDtype = torch.float32, *, grow: bool = False
+    ) -> KVCache:
+        """An empty cache for generation; see KVCache."""
         config = self.config
-        return [
-            KVCache(batch_size, max_tokens, config.num_kv_heads, config.head_dim, dtype, self.rope_cos.device)
-            for _ in self.blocks
-        ]
+        return KVCache(
+            len(self.blocks),
+            batch_size,
+            max_tokens,
+            config.num_kv_heads,
+            config.head_dim,
+            dtype,
+            self.rope_cos.device,
+            unit_keys=self.unit_keys,
+            grow=grow,
+        )

@@ -13,7 +13,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from nsphere.hypersphere import Projection, Scale, ScaleKind, SphereEmbedding, SphereLinear
-from nsphere.layers import Attention, Decoder, DecoderConfig, KVCache, RopeTables, SwiGLU, check_positive
+from nsphere.kv_cache import Slots
+from nsphere.layers import Attention, Decoder, DecoderConfig, RopeTables, SwiGLU, check_positive
 from nsphere.norms import L2Norm
 from nsphere.ops.normalized_update import normalized_update
 from nsphere.qk_norm import QKNorm
@@ -130,7 +131,7 @@ class NGPTBlock(nn.Module):
         self.mlp = SwiGLU(inward(d_mlp, s_uv()), inward(d_mlp, s_uv(), math.sqrt(d)), outward(d_mlp))
         self.eigen_lr_attn, self.eigen_lr_mlp = eigen_lr(), eigen_lr()
 
-    def forward(self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: Slots | None = None) -> Tensor:
         h = normalized_update(h, self.attn(h, rope, mask, cache), self.eigen_lr_attn().abs())
         return normalized_update(h, self.mlp(h), self.eigen_lr_mlp().abs())
 
@@ -159,6 +160,7 @@ class NGPT(Decoder):
         blocks = [self.make_block(config) for _ in range(config.num_layers)]
         embed = SphereEmbedding(config.vocab_size, config.d_model, config.projection)
         super().__init__(config, embed, blocks, nn.Identity())
+        self.unit_keys = config.qk_norm and config.convention == "paper"
         s_z = Scale(config.vocab_size, config.s_z_init, config.s_z_scale, config.s_z)
         self.head = SphereLinear(config.d_model, config.vocab_size, 1, s_z, projection=config.projection)
 

@@ -10,7 +10,8 @@ import re
 import torch
 from torch import Tensor
 
-from nsphere.layers import KVCache, RopeTables
+from nsphere.kv_cache import Slots
+from nsphere.layers import RopeTables
 from nsphere.ngpt import NGPT, NGPTBlock, NGPTConfig, QKScale, make_s_qk
 from nsphere.ops.normalized_update import normalized_update, unit
 from nsphere.qk_norm import QKNorm
@@ -23,6 +24,8 @@ class NvidiaQKNorm(QKNorm):
     """
 
     multiplier: QKScale
+    scales_k = True
+    """Whether k is multiplied too; not where `nsphere.fold` has squared the multiplier of q instead."""
 
     def forward(self, q: Tensor, k: Tensor, rope: RopeTables | None = None, **kwargs: object) -> tuple[Tensor, Tensor]:
         assert rope is not None
@@ -33,7 +36,8 @@ class NvidiaQKNorm(QKNorm):
 
         dtype = q.dtype
         # the fp32 tables promote q and k, and the norm sees them so
-        q, k = super().forward(rotary(q), rotary(k), rope=None, k_multiplier=self.multiplier())
+        on_k = self.multiplier() if self.scales_k else None
+        q, k = super().forward(rotary(q), rotary(k), rope=None, k_multiplier=on_k)
         return q.to(dtype), k.to(dtype)
 
 
@@ -44,7 +48,7 @@ class NvidiaBlock(NGPTBlock):
         super().__init__(config, qk_norm)
         self.mlp.W_u.gain = math.sqrt(config.d_model)  # type: ignore[assignment]
 
-    def forward(self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: Slots | None = None) -> Tensor:
         dtype = h.dtype
         h = normalized_update(unit(h), self.attn(h, rope, mask, cache), self.eigen_lr_attn().abs()).to(dtype)
         return normalized_update(unit(h), self.mlp(h), self.eigen_lr_mlp().abs()).to(dtype)

@@ -46,4 +46,6 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [..., d] in the weight's dtype.
     """
-    return _Embedding.apply(weight, tokens)
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return _Embedding.apply(weight, tokens)
+    return F.embedding(tokens, weight)
