@@ -152,6 +152,14 @@ def test_train_generate_inspect(capsys, tmp_path, text) -> None:
     assert call(capsys, "generate", run, "--prompt", "line ", "--max-new-tokens", 20, "--seed", 3)[1] == first
     checkpoint = run / "checkpoints" / "step-00000004"
     assert call(capsys, "generate", checkpoint, "--prompt", "line ", "--max-new-tokens", 20, "--seed", 3)[1] == first
+    several = call(capsys, "generate", run, "--prompt", "line ", "the ", "--max-new-tokens", 20, "--seed", 3)[1]
+    assert several.startswith(first) and "\nthe " in several
+    letter = next(c for c in first[5:] if c.isascii() and c.isalpha())
+    stopped = call(capsys, "generate", run, "--prompt", "line ", "--seed", 3, "--stop", letter)[1]
+    assert stopped == first[: first.index(letter, 5)] + "\n"
+    assert call(capsys, "generate", run, "--prompt", "line ", "--cache", "int8", "--max-new-tokens", 20)[0] == 0
+    assert_refused(call(capsys, "generate", run, "--cache", "int4"), "a cache of 'int4' is not supported; choose")
+    assert_refused(call(capsys, "generate", run, "--stop", ""), "a stop string is empty")
     assert_refused(call(capsys, "generate", run, "--prompt", ""), "the prompt is empty")
     assert_refused(call(capsys, "generate", run, "--prompt", "x" * 16), "has 16 tokens, the model's context is 16")
     assert_refused(call(capsys, "generate", run, "--temperature", "-1"), "temperature must be a number from 0 up")

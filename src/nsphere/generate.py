@@ -334,12 +334,16 @@ def generate_texts(
     ]
     streams = [TextStream(tokenizer.decode, stop) for _ in prompts]
     generation = Generation(model, requests, cache_dtype=cache_dtype, compile=compile)
-    for tokens in generation:
-        for i, token in tokens.items():
-            piece = "" if token in ends else streams[i].push(token)
-            if streams[i].stopped:
-                generation.stop(i)
-            elif not generation.rows[i].going:
-                piece += streams[i].finish()
-            if piece:
-                yield i, piece
+
+    def pieces() -> Iterator[tuple[int, str]]:
+        for tokens in generation:
+            for i, token in tokens.items():
+                piece = "" if token in ends else streams[i].push(token)
+                if streams[i].stopped:
+                    generation.stop(i)
+                elif not generation.rows[i].going:
+                    piece += streams[i].finish()
+                if piece:
+                    yield i, piece
+
+    return pieces()  # of which what can be refused has been

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from nsphere.fold import fold
 from nsphere.layers import Decoder
 from nsphere.presets import make_config, make_model
 from nsphere.train.checkpoint import load_checkpoint
@@ -25,10 +26,18 @@ class SavedRun:
     model: Decoder
     tokenizer: Tokenizer | None
 
+    @property
+    def is_bf16(self) -> bool:
+        """Whether the run was trained with products in bfloat16."""
+        return self.config["train"].get("dtype") == "bfloat16"
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that the run was trained in."""
-        device = self.model.rope_cos.device
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.config["train"].get("dtype") == "bfloat16")
+        return torch.autocast(self.model.rope_cos.device.type, torch.bfloat16, enabled=self.is_bf16)
+
+    def folded(self) -> Decoder:
+        """The model made ready for inference, to be run under `autocast()`; see `nsphere.fold`."""
+        return fold(self.model, torch.bfloat16 if self.is_bf16 else None)
 
 
 def load_run(path: Path, device: torch.device) -> SavedRun:
