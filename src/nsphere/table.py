@@ -108,8 +108,10 @@ def info_table() -> str:
         rows.append([f"{device} dtype", f"{'bfloat16' if bf16.available else 'float32'}: {bf16.reason}"])
         rows.append([f"{device} model", f"{'compiled' if compiler.available else 'eager'}: {compiler.reason}"])
         for name in backend.BACKENDS:
-            reason = backend.why_not(name, device.type, has_triton_kernel=False)
+            reason = backend.why_not(name, device.type)
             rows.append([f"{device} ops, {name}", "runs" if reason is None else f"does not run: {reason}"])
-        rows.append([f"{device} ops, chosen", backend.choose(device)])
+        asked = backend.asked_by_environment()
+        why = "NSPHERE_BACKEND asks for it" if asked else backend.preferred(device.type)[1]
+        rows.append([f"{device} ops, chosen", f"{backend.choose(device)}: {why}"])
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)

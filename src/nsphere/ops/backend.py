@@ -1,10 +1,11 @@
 """Which implementation of an op runs: chosen once per device, logged, and refused with the reason if it cannot.
 
     reference  plain PyTorch, op by op
-    compiled   the same formulas through torch.compile, cached; the default where a compiler is at hand
-    triton     the hand-written kernels, where an op has them
+    compiled   the same formulas through torch.compile: the graph they are traced into, or one of their own, cached
+    triton     the hand-written kernels, on cuda; on a CPU with TRITON_INTERPRET=1, to test them
 
-NSPHERE_BACKEND, or an op's `backend` argument, asks for one by name.
+The default on a device is what measured fastest there. NSPHERE_BACKEND, or an op's `backend` argument, asks for one by
+name, and what then cannot run is an error.
 """
 
 import functools
@@ -21,6 +22,14 @@ from typing import NamedTuple
 import torch
 
 BACKENDS = ("reference", "compiled", "triton")
+
+_PREFERRED = {
+    "cpu": (("compiled", "reference"), "the compiler's code measured fastest (docs/performance.md)"),
+    "cuda": (
+        ("compiled", "reference"),
+        "the kernels have not been measured on a GPU yet (`make gpu` does it); NSPHERE_BACKEND=triton asks for them",
+    ),
+}
 
 logger = logging.getLogger("nsphere")
 
@@ -73,19 +82,25 @@ def can_compile(device_type: str) -> Ability:
     return Ability(True, "triton")
 
 
-def why_not(backend: str, device_type: str, *, has_triton_kernel: bool) -> str | None:
+def interpreted() -> bool:
+    """Whether Triton kernels are interpreted, which is how they run, slowly, on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(backend: str, device_type: str) -> str | None:
     """The reason `backend` cannot run on this kind of device, or None if it can."""
     if backend == "reference":
         return None
-    triton = importlib.util.find_spec("triton") is not None
     if backend == "compiled":
         ability = can_compile(device_type)
         return None if ability.available else ability.reason
-    if not has_triton_kernel:
-        return "this op has no Triton kernel"
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    if device_type == "cpu" and interpreted():
+        return None
     if device_type != "cuda":
         return f"Triton kernels run on cuda, not on {device_type}"
-    return None if triton else "the triton package is not installed"
+    return None
 
 
 def asked_by_environment() -> str | None:
@@ -99,33 +114,67 @@ def check_name(backend: str) -> None:
         raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
 
 
-def choose(device: torch.device, asked: str | None = None, *, has_triton_kernel: bool = False) -> str:
+def choose(device: torch.device, asked: str | None = None) -> str:
     """The backend for an op on this device.
 
     Args:
         device: where the tensors live.
-        asked: a name; None reads NSPHERE_BACKEND, and without that takes the best that can run.
-        has_triton_kernel: whether the op has a kernel to choose.
+        asked: a name; None reads NSPHERE_BACKEND, and without that takes the one that measured fastest.
 
     Raises:
         ValueError: for an unknown name.
         RuntimeError: for one that was asked for and cannot run, with the reason.
     """
-    return _choose(device.type, asked or asked_by_environment(), has_triton_kernel)
+    return choose_for(device.type, asked)
+
+
+def choose_for(device_type: str, asked: str | None = None) -> str:
+    """`choose` by the device's type; a graph that is being traced takes the answer as a constant."""
+    return _choose(device_type, asked or asked_by_environment())
+
+
+# what torch.compiler.assume_constant_result sets, without its import of the compiler, which takes seconds
+choose_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _choose(device_type: str, asked: str | None, has_triton_kernel: bool) -> str:
+def _choose(device_type: str, asked: str | None) -> str:
     if asked is not None:
         check_name(asked)
-        reason = why_not(asked, device_type, has_triton_kernel=has_triton_kernel)
+        reason = why_not(asked, device_type)
         if reason is not None:
-            raise RuntimeError(f"the backend {asked!r} was asked for and cannot run: {reason}")
+            raise refuse(asked, reason)
         return asked
-    for backend in reversed(BACKENDS):
-        reason = why_not(backend, device_type, has_triton_kernel=has_triton_kernel)
+    for backend in preferred(device_type)[0]:
+        reason = why_not(backend, device_type)
         if reason is None:
             logger.info("nsphere ops on %s: %s", device_type, backend)
             return backend
         logger.info("nsphere ops on %s: not %s, because %s", device_type, backend, reason)
     raise AssertionError("the reference always runs")
+
+
+def preferred(device_type: str) -> tuple[tuple[str, ...], str]:
+    """The backends in the order in which they are tried on this kind of device, and why in that order."""
+    return _PREFERRED.get(device_type, (("reference",), "nothing else runs here"))
+
+
+def refuse_or_log(asked: str | None, backend: str, reason: str) -> None:
+    """Raise RuntimeError where the backend that can't do this call was asked for by name, else log it once."""
+    if asked or asked_by_environment():
+        raise refuse(backend, reason)
+    _log_once(f"not {backend}: {reason}")
+
+
+# in a graph that is being traced it speaks while tracing
+refuse_or_log._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info("nsphere ops: %s", message)
+
+
+def refuse(asked: str, reason: str) -> RuntimeError:
+    """The error for a backend that was asked for by name and cannot do this call."""
+    return RuntimeError(f"the backend {asked!r} was asked for and cannot run: {reason}")

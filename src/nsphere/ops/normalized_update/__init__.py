@@ -1,14 +1,15 @@
-"""The residual step of nGPT."""
+"""The residual step of nGPT: h ← Norm(h + |α| (Norm(o) − h))."""
 
 from torch import Tensor
 
+from nsphere.ops import backend as backends
 from nsphere.ops.normalized_update import reference
 from nsphere.ops.normalized_update.reference import unit
 
 __all__ = ["normalized_update", "unit"]
 
 
-def normalized_update(h: Tensor, o: Tensor, eigen_lr: Tensor) -> Tensor:
+def normalized_update(h: Tensor, o: Tensor, eigen_lr: Tensor, *, backend: str | None = None) -> Tensor:
     """h′ = Norm(h + α (Norm(o) − h)): a step on the sphere from h towards the block's output.
 
     Args:
@@ -16,10 +17,24 @@ def normalized_update(h: Tensor, o: Tensor, eigen_lr: Tensor) -> Tensor:
         o: [..., d], what attention or the MLP returned; any length, any float dtype. A zero row is left out of
             the step (its Norm is zero).
         eigen_lr: [d] or [1] or [], fp32, the effective |α|: the caller takes the absolute value.
+        backend: "reference" or "compiled", the formula, which a graph that is being compiled fuses; or "triton".
+            By default the one that measured fastest.
 
     Returns:
-        [..., d] in h's dtype; unit vectors. Statistics and the interpolation are computed in fp32.
+        [..., d] in h's dtype; unit vectors. Statistics and the interpolation are computed in fp32. Under "triton"
+        the second derivative is an error.
+
+    Raises:
+        ValueError: for an unknown backend.
+        RuntimeError: for a backend that was asked for and cannot run.
 
     Source: arXiv 2410.01131, equations 10 and 11.
     """
+    if backends.choose_for(h.device.type, backend) == "triton":
+        from nsphere.ops.normalized_update import triton
+
+        reason = triton.why_not(h, o, eigen_lr)
+        if reason is None:
+            return triton.normalized_update(h, o, eigen_lr)
+        backends.refuse_or_log(backend, "triton", f"normalized_update: {reason}")
     return reference.normalized_update(h, o, eigen_lr)
