@@ -199,8 +199,8 @@ def normalized_update_backward(grad: Tensor, h: Tensor, o: Tensor, eigen_lr: Ten
         return h_grad, o_grad, torch.zeros_like(eigen_lr, memory_format=torch.contiguous_format)
     programs = persistent_programs(h.numel() // h.shape[-1], h.device)
     partial = h.new_empty((programs, h.shape[-1]), dtype=torch.float32)
-    rows = [_rows(t) for t in (grad, h, o)]
-    backward_launch(*rows, eigen_lr, _rows(h_grad), _rows(o_grad), partial).run()
+    launch = backward_launch(_rows(grad), _rows(h), _rows(o), eigen_lr, _rows(h_grad), _rows(o_grad), partial)
+    launch.run()
     lr_grad = partial.sum(0) if eigen_lr.numel() > 1 else partial.sum()
     return h_grad, o_grad, lr_grad.to(eigen_lr.dtype).view(eigen_lr.shape)
 
