@@ -10,6 +10,7 @@ from nsphere.ngpt import NGPT, NGPTConfig
 from nsphere.norms import L2Norm, LayerNorm, Norm, RMSNorm, make_norm, register_norm
 from nsphere.optim import keep_on_hypersphere
 from nsphere.presets import make_model
+from nsphere.qk_clip import QKClip
 from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
 
@@ -23,6 +24,7 @@ __all__ = [
     "LayerNorm",
     "NGPTConfig",
     "Norm",
+    "QKClip",
     "QKNorm",
     "RMSNorm",
     "RopeSpec",

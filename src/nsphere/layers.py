@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsphere.kv_cache import CacheDtype, KVCache, Slots
+from nsphere.ops.attention import attention_with_max_logits, record_max_logits
 from nsphere.ops.linear_cross_entropy import linear_cross_entropy
 from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
@@ -96,6 +97,7 @@ class Attention(nn.Module):
         super().__init__()
         self.W_q, self.W_k, self.W_v, self.W_o = W_q, W_k, W_v, W_o
         self.qk_norm, self.head_dim = qk_norm, head_dim
+        self.register_buffer("max_logits", None, persistent=False)  # fp32 [H] where QKClip asks for it
 
     def qkv(self, x: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor, Tensor]:
         """The q [B, T, H, D], k and v [B, T, K, D] that attention sees."""
@@ -115,15 +117,15 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, rope)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.qk_norm.softmax_scale,
-            enable_gqa=k.shape[2] != q.shape[2],
-        )
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        scale = self.qk_norm.softmax_scale
+        if self.max_logits is not None and torch.is_grad_enabled():
+            y, largest = attention_with_max_logits(q, k, v, mask=mask, is_causal=mask is None, scale=scale)
+            record_max_logits(self, largest)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+            )
         return self.W_o(y.transpose(1, 2).flatten(-2))
 
 

@@ -100,3 +100,9 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tup
         return_aux=AuxRequest(max_scores=True),
     )
     return y, aux.max_scores.detach().float().amax((0, 2))
+
+
+def record_max_logits(module: Any, largest: Tensor) -> None:
+    """Raise `module.max_logits` [H], in place, to what a forward pass in training saw; see nsphere.qk_clip."""
+    if torch.is_grad_enabled():
+        module.max_logits.copy_(torch.maximum(module.max_logits, largest))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsphere.ops.attention import record_max_logits
 from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
 from nsphere.te import rope
@@ -153,6 +154,7 @@ class MultiheadAttention(nn.Module):
             layer_number=layer_number,
             attention_type=attention_type,
         )
+        self.register_buffer("max_logits", None, persistent=False)  # fp32 [H] where QKClip asks for it
         self._make_qk_norm(qk_norm_type, qk_norm_eps, qk_norm_before_rope, softmax_scale, where)
 
         norm: dict[str, Any] = {
@@ -327,8 +329,9 @@ class MultiheadAttention(nn.Module):
             else bottom_right_diagonal,
             checkpoint_core_attention=checkpoint_core_attention,
         )
-        if isinstance(context, tuple):  # return_max_logit was set on core_attention
-            context, self.core_attention.max_logit = context
+        if isinstance(context, tuple):  # QKClip asked core_attention for its largest logits
+            context, largest = context
+            record_max_logits(self, largest)
         projected = self.proj(context)
         outputs = projected if isinstance(projected, tuple) else (projected,)
         if self.input_layernorm and self.return_layernorm_output:
