@@ -175,10 +175,11 @@ def test_broken_checkpoints_are_named(capsys, tmp_path, text) -> None:
     train("gpt", tiny.config(steps=4), tiny.options(), tiny.text_file(tmp_path), run)
     capsys.readouterr()
     newest = run / "checkpoints" / "step-00000004"
-    whole = (newest / "model.safetensors").read_bytes()
-    (newest / "model.safetensors").write_bytes(whole[:-7])
-    assert_refused(call(capsys, "generate", newest), "step-00000004.*model.safetensors")
-    (newest / "model.safetensors").write_bytes(whole)
+    (weights,) = (newest / "model").iterdir()
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-7])
+    assert_refused(call(capsys, "generate", newest), "step-00000004.*model/shard-00001.*safetensors")
+    weights.write_bytes(whole)
 
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"schema_version": 99}))

@@ -18,14 +18,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from nsphere.train import checkpoint as checkpoint_module
+from nsphere.train import manifest as manifest_module
+from nsphere.train import tensor_files
 from nsphere.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from nsphere.train.files import JsonlWriter, RunLock, read_jsonl
 
-FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+MODEL, OPTIMIZER = (f"{part}/shard-00001-model-00001-of-00001.safetensors" for part in ("model", "optimizer"))
+FILES = [MODEL, OPTIMIZER, "state.json", "manifest.json"]
 
 
 @pytest.fixture(autouse=True)
@@ -172,9 +177,11 @@ def test_no_flipped_bit_goes_unseen(tmp_path, name):
 
 def resign(folder, **changes):
     """Rewrite the manifest as the writer would for what is in the folder now."""
-    checkpoint_module._write_manifest(folder, int(folder.name.removeprefix("step-")))
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"]
+    entries = {str(p.relative_to(folder)): manifest_module.entry(p) for p in files}
+    manifest_module.write_manifest(folder, int(folder.name.removeprefix("step-")), entries)
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
-    (folder / "manifest.json").write_text(checkpoint_module._manifest_text(manifest))
+    (folder / "manifest.json").write_text(manifest_module.manifest_text(manifest))
 
 
 class Payload:
@@ -187,7 +194,7 @@ class Payload:
 
 class TestPickles:
     @pytest.mark.parametrize("resigned", [False, True], ids=["as swapped", "with a fitting manifest"])
-    @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+    @pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
     @pytest.mark.parametrize("kind", ["archive", "legacy", "pickle"])
     def test_refused_by_name_and_not_run(self, tmp_path, caplog, kind, name, resigned):
         run, sentinel = tmp_path / "run", tmp_path / "sentinel"
@@ -227,7 +234,7 @@ class TestPickles:
             model = nn.Module()
             model.register_buffer("a" * size, torch.ones(2))
             path = save_checkpoint(tmp_path, step=size, model=model, optimizer=None, state={})
-            if (path / "model.safetensors").read_bytes()[0] == 0x80:
+            if (path / MODEL).read_bytes()[0] == 0x80:
                 assert load_checkpoint(tmp_path).model_tensors["a" * size].tolist() == [1, 1]
                 return
         pytest.fail("no header of that length came up")
@@ -237,13 +244,40 @@ class TestContents:
     def test_a_newer_schema_is_refused_and_not_fallen_back_from(self, tmp_path):
         save(tmp_path, 2)
         folder = save(tmp_path, 4)
-        resign(folder, schema_version=2)
+        resign(folder, schema_version=3)
         for look, path in ((load_checkpoint, tmp_path), (load_checkpoint, folder), (latest_checkpoint, tmp_path)):
-            with pytest.raises(ValueError, match="schema version 2, and this nsphere reads up to 1; update") as caught:
+            with pytest.raises(ValueError, match="schema version 3, and this nsphere reads up to 2; update") as caught:
                 look(path)
             one_line(str(caught.value))
 
-    @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+    def test_one_from_before_the_first_release_is_refused_too(self, tmp_path):
+        folder = save(tmp_path, 4)
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        old = {"schema_version": 1, "step": 4, "files": {"model.safetensors": files[MODEL]}}
+        (folder / "manifest.json").write_text(manifest_module.manifest_text(old))
+        for look, path in ((load_checkpoint, tmp_path), (load_checkpoint, folder), (latest_checkpoint, tmp_path)):
+            with pytest.raises(ValueError, match="schema version 1, from before nsphere's first release") as caught:
+                look(path)
+            one_line(str(caught.value))
+
+    @pytest.mark.parametrize("name", ["other.safetensors", ".metadata", "shard-00002-model-00001-of-00001.safetensors"])
+    def test_a_file_that_was_not_written_there_is_not_read(self, tmp_path, name):
+        folder = save(tmp_path, 4)
+        shutil.copy(folder / MODEL, folder / "model" / name)
+        with pytest.raises(ValueError, match=f"model/{name} is not in manifest.json; take it away"):
+            load_checkpoint(folder)
+
+    def test_a_part_of_a_tensor_with_a_fitting_manifest(self, tmp_path):
+        folder = save(tmp_path, 4)
+        with safe_open(folder / MODEL, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        offsets = {name: {"saved_offsets": [2] + [0] * (t.dim() - 1)} for name, t in tensors.items()}
+        save_file(tensors, folder / MODEL, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+        resign(folder)
+        with pytest.raises(ValueError, match="model holds (weight|bias) in part only"):
+            load_checkpoint(folder)
+
+    @pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
     def test_nonsense_with_a_fitting_manifest(self, tmp_path, name):
         folder = save(tmp_path, 4)
         (folder / name).write_bytes(os.urandom(64))
@@ -260,8 +294,8 @@ class TestContents:
 
     def test_files_of_two_checkpoints_are_not_mixed(self, tmp_path):
         first = save(tmp_path, 2)
-        shutil.copy(save(tmp_path, 4) / "optimizer.safetensors", first)
-        with pytest.raises(ValueError, match=r"optimizer\.safetensors is damaged"):
+        shutil.copy(save(tmp_path, 4) / OPTIMIZER, first / OPTIMIZER)
+        with pytest.raises(ValueError, match=f"{OPTIMIZER} is damaged"):
             load_checkpoint(first)
 
 
@@ -307,11 +341,10 @@ class TestFullDisk:
         for step in (2, 4):
             save(tmp_path, step)
 
-        def full(tensors, path, metadata):
-            path.write_bytes(b"half")
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        def full(self, path, mode):
+            raise OSError(*NO_SPACE)
 
-        monkeypatch.setattr(checkpoint_module, "save_file", full)
+        monkeypatch.setattr(FileSystem, "create_stream", full)
         assert "the last good checkpoint is" in self.failed(tmp_path)
         assert names(tmp_path) == ["step-00000002", "step-00000004"]
 
@@ -321,7 +354,7 @@ class TestFullDisk:
 
     def test_interrupted_by_the_keyboard(self, tmp_path, monkeypatch):
         save(tmp_path, 2)
-        monkeypatch.setattr(checkpoint_module, "_write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        monkeypatch.setattr(checkpoint_module, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 4)
         assert names(tmp_path) == ["step-00000002"]
@@ -436,15 +469,16 @@ def killed_at(event, run, job):
 
             return call
 
-        def torn_save_file(tensors, path, metadata):
-            save_file(tensors, path, metadata=metadata)
+        def torn_write(folder, *args):
+            write(folder, *args)
+            (path,) = folder.iterdir()
             data = path.read_bytes()
             path.write_bytes(data[: len(data) // 2])
             changed()
             path.write_bytes(data)
 
-        save_file, changed = checkpoint_module.save_file, counted(lambda: None)
-        checkpoint_module.save_file = torn_save_file
+        write, changed = tensor_files.write, counted(lambda: None)
+        tensor_files.write = torn_write
         for name in ("mkdir", "rename", "replace", "fsync", "chmod", "unlink", "rmdir", "open"):
             setattr(os, name, counted(getattr(os, name)))
         job(run)

@@ -10,8 +10,9 @@ from nsphere.hypersphere import SphereLinear, assert_on_hypersphere
 from nsphere.optim import keep_on_hypersphere
 from nsphere.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from nsphere.train.files import RunLock
-from nsphere.train.optimizer_state import GroupPlan, carry_out
+from nsphere.train.optimizer_state import GroupPlan, Stored, carry_out
 
+MODEL, OPTIMIZER = (f"{part}/shard-00001-model-00001-of-00001.safetensors" for part in ("model", "optimizer"))
 STATE = {"architecture": "gpt", "seed": 3, "best": 0.1 + 0.2, "worst": float("inf"), "config": {"d_model": 8}}
 
 
@@ -182,7 +183,9 @@ class TestResume:
         parameter = nn.Parameter(torch.empty(2, device="meta"))  # stands for any device but the CPU
         optimizer = torch.optim.SGD([parameter])
         group = optimizer.param_groups[0] | {option: True}
-        carry_out([GroupPlan(optimizer, group, {}, [{"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}])])
+        state = {"step": Stored("step", torch.tensor(3.0)), "exp_avg": Stored("exp_avg", torch.ones(2))}
+        targets = carry_out([GroupPlan(optimizer, group, {}, [state])])
+        assert targets == optimizer.state[parameter]
         assert optimizer.state[parameter]["step"].device.type == device
         assert optimizer.state[parameter]["exp_avg"].device.type == "meta"
 
@@ -276,25 +279,25 @@ class TestNames:
     def test_what_is_stored(self, saved):
         run, model, _ = saved
         folder = run / "checkpoints" / "step-00000005"
-        assert sorted(p.name for p in folder.iterdir()) == [
+        assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [
             "manifest.json",
-            "model.safetensors",
-            "optimizer.safetensors",
+            MODEL,
+            OPTIMIZER,
             "state.json",
         ]
-        stored = load_file(folder / "model.safetensors")
+        stored = load_file(folder / MODEL)
         assert "head.weight" not in stored
         assert "scratch" not in stored
         assert torch.equal(stored["embed.weight"], model.embed.weight)
         assert torch.equal(stored["turned"], model.turned)
         assert stored["seen"].item() == 5
-        moments = load_file(folder / "optimizer.safetensors")
+        moments = load_file(folder / OPTIMIZER)
         assert moments["state.hidden.0.weight.exp_avg"].shape == (12, 8)
         assert moments["state.embed.weight.step"].item() == 5
 
     def test_files_are_as_readable_as_their_folder(self, saved):
         folder = saved[0] / "checkpoints" / "step-00000005"
-        for path in folder.iterdir():
+        for path in (p for p in folder.rglob("*") if p.is_file()):
             assert path.stat().st_mode & 0o777 == folder.stat().st_mode & 0o666, path.name
 
     def test_state_comes_back(self, saved):
@@ -546,6 +549,11 @@ class TestFolders:
         save(tmp_path, 10, keep_last=1)
         assert names(tmp_path) == ["step-00000010"]
 
+    def test_and_those_of_every_so_many_steps(self, tmp_path):
+        for step in range(1, 11):
+            save(tmp_path, step, keep_last=2, keep_every=3)
+        assert names(tmp_path) == [f"step-{step:08d}" for step in (3, 6, 9, 10)]
+
     def test_steps_are_ordered_as_numbers(self, tmp_path):
         for step in (99_999_999, 100_000_000):
             save(tmp_path, step)
@@ -553,7 +561,7 @@ class TestFolders:
 
     def test_a_broken_one_is_not_counted_among_the_kept(self, tmp_path):
         save(tmp_path, 2)
-        (save(tmp_path, 4) / "model.safetensors").unlink()
+        (save(tmp_path, 4) / MODEL).unlink()
         save(tmp_path, 6)
         assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000006"]
         save(tmp_path, 8)
@@ -603,8 +611,8 @@ class TestFolders:
     def test_latest_does_not_say_none_where_all_are_broken(self, tmp_path):
         """A run that took this for a fresh start would bury what is left of the old one."""
         for step in (2, 4):
-            (save(tmp_path, step) / "model.safetensors").unlink()
-        with pytest.raises(ValueError, match=r"step-00000004: model\.safetensors is missing; step-00000002: model"):
+            (save(tmp_path, step) / MODEL).unlink()
+        with pytest.raises(ValueError, match=f"step-00000004: {MODEL} is missing; step-00000002: model"):
             latest_checkpoint(tmp_path)
 
     def test_what_a_killed_save_left_is_removed(self, tmp_path):
@@ -639,9 +647,9 @@ class TestFolders:
             save(tmp_path, 2)
             assert RunLock.is_held_here(tmp_path)
 
-    @pytest.mark.parametrize("kwargs", [{"step": -1}, {"step": 1, "keep_last": 0}])
+    @pytest.mark.parametrize("kwargs", [{"step": -1}, {"step": 1, "keep_last": 0}, {"step": 1, "keep_every": 0}])
     def test_arguments(self, tmp_path, kwargs):
-        with pytest.raises(ValueError, match=r"step must be >= 0 and keep_last >= 1, got"):
+        with pytest.raises(ValueError, match=r"step must be >= 0, keep_last and keep_every >= 1; got"):
             save(tmp_path, **kwargs)
 
     @pytest.mark.parametrize("state", [{"a": torch.ones(1)}, {"a": {1, 2}}, {(1, 2): 3}])
@@ -660,6 +668,6 @@ class TestFolders:
 
     def test_manifest_states_schema_step_and_files(self, tmp_path):
         manifest = json.loads((save(tmp_path, 2) / "manifest.json").read_text())
-        assert manifest["schema_version"] == 1
+        assert manifest["schema_version"] == 2
         assert manifest["step"] == 2
-        assert set(manifest["files"]) == {"model.safetensors", "optimizer.safetensors", "state.json"}
+        assert set(manifest["files"]) == {MODEL, OPTIMIZER, "state.json"}

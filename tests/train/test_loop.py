@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
 
+from nsphere.train.checkpoint import load_checkpoint
 from nsphere.train.config import RunOptions, TrainConfig, resolve
 from nsphere.train.data import DataConfig, load_corpus
 from nsphere.train.files import read_jsonl
@@ -30,7 +30,7 @@ def curve(run: Path) -> list[dict]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(max((run / "checkpoints").iterdir()) / "model.safetensors")
+    return load_checkpoint(run).model_tensors
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -197,6 +197,7 @@ def test_the_data_order_is_the_same_for_every_arm(tmp_path, data) -> None:
 _RUN = """
 import sys
 from pathlib import Path
+from nsphere.train.checkpoint import load_checkpoint
 from nsphere.train.config import RunOptions, TrainConfig
 from nsphere.train.data import DataConfig
 from nsphere.train.loop import train

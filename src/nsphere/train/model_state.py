@@ -1,10 +1,11 @@
 """A model's tensors under canonical names: what a checkpoint calls them, and whether saved ones fit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
+
+from nsphere.train.tensor_files import local
 
 
 class Mismatch(NamedTuple):
@@ -63,8 +64,9 @@ def tied_names(live: dict[str, LiveTensor]) -> dict[str, str]:
     first: dict[Any, str] = {}
     tied = {}
     for name, (_, tensor) in live.items():
-        memory = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-        owner = first.setdefault(memory if tensor.data_ptr() else id(tensor), name)
+        address = local(tensor.detach()).data_ptr()  # 0 for an empty one, which shares nothing
+        memory = tensor.device, address, tensor.shape, tensor.stride(), tensor.dtype
+        owner = first.setdefault(memory if address else id(tensor), name)
         if owner != name:
             tied[name] = owner
     return tied
@@ -80,13 +82,16 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def check_fit(live: dict[str, LiveTensor], saved: dict[str, Tensor], strict: bool) -> Mismatch:
+def check_fit(
+    live: dict[str, LiveTensor], saved: dict[str, Tensor], strict: bool, same_bits: Callable[[str, str], bool]
+) -> Mismatch:
     """Whether saved tensors can be copied into the model's as they are.
 
     Args:
         live: the model's.
-        saved: canonical name -> tensor.
+        saved: canonical name -> tensor, of which shape and dtype count; tied ones are the same object.
         strict: names must be the same on both sides; shapes, dtypes and ties must always agree.
+        same_bits: whether two saved tensors, by name, are equal; a NaN equals itself.
 
     Returns:
         The names on one side only.
@@ -102,12 +107,12 @@ def check_fit(live: dict[str, LiveTensor], saved: dict[str, Tensor], strict: boo
     for name, (_, tensor) in live.items():
         if name not in saved:
             continue
-        own, owners = saved[name], saved.get(tied.get(name, name), saved[name])
+        own, owner = saved[name], tied.get(name, name)
         if (own.shape, own.dtype) != (tensor.shape, tensor.dtype):
             wrong.append(f"{name} is {_kind(own)} in the checkpoint and {_kind(tensor)} in the model")
         elif tensor.is_meta:
             wrong.append(f"{name} has no memory in the model (call to_empty first)")
-        elif not _same_bits(own, owners):
+        elif saved.get(owner, own) is not own and (_kind(saved[owner]) != _kind(own) or not same_bits(name, owner)):
             wrong.append(f"{name} and {tied[name]} are one tensor in the model and two in the checkpoint")
     faults = [some(wrong)] if wrong else []
     if strict and missing:
@@ -121,12 +126,3 @@ def check_fit(live: dict[str, LiveTensor], saved: dict[str, Tensor], strict: boo
 
 def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal bits, so that a NaN equals itself."""
-    if a is b:
-        return True
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,9 +83,16 @@ def _plain(value: Any, what: str) -> Any:
     raise ValueError(f"{what} is a {type(value).__name__}; a checkpoint holds tensors, numbers and strings")
 
 
+class Stored(NamedTuple):
+    """A tensor of the state where it is stored: under which name, and its shape and dtype (on the meta device)."""
+
+    name: str
+    like: Tensor
+
+
 @dataclass(frozen=True)
 class GroupPlan:
-    """What to put into one live group: the saved options, and for each parameter its saved state."""
+    """What to put into one live group: the saved options, and for each parameter its saved numbers and `Stored`."""
 
     optimizer: Optimizer
     group: dict[str, Any]
@@ -105,7 +112,7 @@ def plan(
     Args:
         model: whose parameters the optimizers hold.
         optimizers: with the saved classes and groups, in any order.
-        tensors: as `collect` gave them.
+        tensors: as `collect` gave them; of which shapes and dtypes count.
         contents: as `collect` gave them.
         tied: each tied name of the saved model -> the name its parameter was saved under.
 
@@ -121,7 +128,7 @@ def plan(
     states: dict[str, dict[str, Any]] = {}
     for flat_name, tensor in tensors.items():
         name, _, key = flat_name.removeprefix("state.").rpartition(".")
-        states.setdefault(name, {})[key] = tensor
+        states.setdefault(name, {})[key] = Stored(flat_name, tensor)
     for content in contents:
         for name, numbers in content["numbers"].items():
             states.setdefault(name, {}).update(numbers)
@@ -146,9 +153,13 @@ def plan(
     return plans
 
 
-@torch.no_grad()
-def carry_out(plans: list[GroupPlan]) -> None:
-    """Give every group exactly the saved options and state, except how it computes (fused, foreach, capturable)."""
+def carry_out(plans: list[GroupPlan]) -> dict[str, Tensor]:
+    """Give every group the saved options and state, except how it computes (fused, foreach, capturable).
+
+    Returns:
+        The state's tensors by the name they are stored under, for the caller to fill.
+    """
+    targets: dict[str, Tensor] = {}
     for planned in plans:
         group = planned.group
         for key, value in planned.options.items():
@@ -160,13 +171,14 @@ def carry_out(plans: list[GroupPlan]) -> None:
             before = planned.optimizer.state.pop(parameter, {})
             state = {}
             for key, value in saved.items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Stored):
                     device = torch.device("cpu") if key == "step" and counters_on_cpu else parameter.device
-                    state[key] = _filled(before.get(key), value, parameter, device)
+                    state[key] = targets[value.name] = _target(before.get(key), value.like, parameter, device)
                 else:
                     state[key] = value
             if state:
                 planned.optimizer.state[parameter] = state
+    return targets
 
 
 def _like(live: Any, saved: Any) -> Any:
@@ -178,10 +190,10 @@ def _like(live: Any, saved: Any) -> Any:
     return saved
 
 
-def _filled(live: Any, saved: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
-    """The saved bits in the live tensor if it fits, else in a new one with the parameter's memory layout."""
+def _target(live: Any, saved: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
+    """The live tensor if the saved one fits it, else a new one with the parameter's memory layout and sharding."""
     if isinstance(live, Tensor) and (live.shape, live.dtype, live.device) == (saved.shape, saved.dtype, device):
-        return live.copy_(saved)
+        return live
     if saved.shape == parameter.shape:
-        return torch.empty_like(parameter, dtype=saved.dtype, device=device, requires_grad=False).copy_(saved)
-    return saved.to(device, copy=True)
+        return torch.empty_like(parameter, dtype=saved.dtype, device=device, requires_grad=False)
+    return torch.empty(saved.shape, dtype=saved.dtype, device=device)
