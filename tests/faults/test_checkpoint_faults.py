@@ -139,7 +139,7 @@ class TestDamage:
         with caplog.at_level(logging.WARNING):
             loaded = load_checkpoint(tmp_path)
         assert loaded.step == assert_whole(loaded) == 2
-        (record,) = caplog.records
+        (record,) = (r for r in caplog.records if r.name.startswith("nsphere"))
         message = one_line(record.getMessage())
         assert "step-00000004" in message
         assert name in message
@@ -230,7 +230,7 @@ class TestPickles:
 
     def test_a_header_length_that_begins_like_a_pickle_is_none(self, tmp_path):
         """safetensors files whose header has 0x80 as its lowest length byte are read."""
-        for size in range(1, 40):
+        for size in range(1, 140):
             model = nn.Module()
             model.register_buffer("a" * size, torch.ones(2))
             path = save_checkpoint(tmp_path, step=size, model=model, optimizer=None, state={})
@@ -312,7 +312,7 @@ class TestFullDisk:
         assert caught.value.errno == 28
         return message
 
-    @pytest.mark.parametrize("at", range(10))
+    @pytest.mark.parametrize("at", range(14))
     def test_at_every_flush(self, tmp_path, monkeypatch, at):
         """The last good checkpoint is left and named, and nothing half written stays."""
         for step in (2, 4):
@@ -325,13 +325,13 @@ class TestFullDisk:
             fsync(descriptor)
 
         monkeypatch.setattr(os, "fsync", full)
-        if at < 8:
+        if at < 13:
             message = self.failed(tmp_path)
-            last = 6 if at == 7 else 4  # the eighth flush follows the rename
+            last = 6 if at == 12 else 4  # the last flush follows the rename
             assert f"the last good checkpoint is {tmp_path}/checkpoints/step-{last:08d}" in message
         else:
             save(tmp_path, 6)
-            assert next(calls) == 8, "a save flushes eight times: this test must reach them all"
+            assert next(calls) == 13, "a save flushes 13 times: this test must reach them all"
             last = 6
         monkeypatch.undo()
         assert assert_whole(load_checkpoint(tmp_path)) == last

@@ -670,4 +670,4 @@ class TestFolders:
         manifest = json.loads((save(tmp_path, 2) / "manifest.json").read_text())
         assert manifest["schema_version"] == 2
         assert manifest["step"] == 2
-        assert set(manifest["files"]) == {MODEL, OPTIMIZER, "state.json"}
+        assert set(manifest["files"]) == {MODEL, "state.json"}
