@@ -105,6 +105,10 @@ class RunOptions:
     """Steps between checkpoints; a tenth of the run if not given. One is always written at the end."""
     keep_checkpoints: int = 2
     """How many checkpoints to keep."""
+    keep_every: int | None = None
+    """Keep the checkpoints of every so many steps besides, for good."""
+    background_checkpoints: bool = True
+    """Write checkpoints beside the training, from a copy in CPU memory."""
     log_every: int | None = None
     """Steps between plain progress lines, where the output is no terminal; a twentieth of the run if not given."""
     tensorboard: bool = True
@@ -112,7 +116,7 @@ class RunOptions:
     layout: Layout = field(default_factory=Layout)
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "threads", "checkpoint_every", "keep_checkpoints", "log_every"):
+        for name in ("micro_batch_size", "threads", "checkpoint_every", "keep_checkpoints", "keep_every", "log_every"):
             _at_least(name, getattr(self, name), 1)
 
 

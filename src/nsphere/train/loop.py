@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nsphere.hypersphere import max_norm_deviation, project_what_is_off_
-from nsphere.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from nsphere.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from nsphere.train.config import RunOptions, TrainConfig, differences, model_config, read_config, record, resolve, shown
 from nsphere.train.data import Corpus, DataConfig, load_corpus
 from nsphere.train.files import JsonlWriter, RunLock, atomic_write_json
@@ -203,6 +203,13 @@ class _Run:
         self.checkpoint_every = trainer.options.checkpoint_every or max(1, self.steps // 10)
         self.train_seconds = 0.0
         self.wanted = wanted
+        options = trainer.options
+        self.saver = CheckpointSaver(
+            out,
+            keep_last=options.keep_checkpoints,
+            keep_every=options.keep_every,
+            background=options.background_checkpoints,
+        )
 
     def go(self) -> Result:
         trainer, out = self.trainer, self.out
@@ -220,6 +227,7 @@ class _Run:
             StopRequest() as stop,
             StepProgress(self.title, self.steps, every, trainer.num_steps) as progress,
             _tensorboard(out, trainer.num_steps, trainer.options.tensorboard) as self.tensorboard,
+            self.saver,
         ):
             self.metrics = metrics
             if not resumed:
@@ -251,7 +259,10 @@ class _Run:
                 leaving = stop.signal is not None and trainer.num_steps < self.steps
                 if leaving or trainer.num_steps % self.checkpoint_every == 0 or trainer.num_steps == self.steps:
                     self._save()
+                elif self.saver.has_failed:
+                    self.saver.wait()
                 if leaving:
+                    self.saver.wait()
                     assert stop.signal is not None
                     raise Interrupted(
                         stop.signal, f"stopped at step {trainer.num_steps}, saved in {out}; --resume continues it"
@@ -281,8 +292,7 @@ class _Run:
     def _save(self) -> None:
         trainer = self.trainer
         self.metrics.sync()
-        save_checkpoint(
-            self.out,
+        self.saver.save(
             step=trainer.num_steps,
             model=trainer.model,
             optimizer=trainer.optimizers,
@@ -294,7 +304,6 @@ class _Run:
                 "train_seconds": self.train_seconds,
                 "val_loss": self.val_loss,
             },
-            keep_last=trainer.options.keep_checkpoints,
         )
 
     def _evaluate(self) -> None:
@@ -321,6 +330,8 @@ class _Run:
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
     def _advice(self, error: NonFinite | str) -> str:
+        with contextlib.suppress(OSError):  # what is being written may be the last good one
+            self.saver.wait()
         good = latest_checkpoint(self.out)
         return (
             f"{error}; the last good checkpoint is {good if good is not None else '(none yet)'}. "
