@@ -155,7 +155,7 @@ def test_families_of_diffusers():
         for n in ("cogvideox", "hunyuan_dit", "cogview4", "cosmos", "sd3_5", "lumina2", "z_image", "wan", "ltx")
     }
     assert [n for n, layout in layouts.items() if layout == "half"] == ["cogview4", "cosmos"]
-    assert [n for n, layout in layouts.items() if layout is None] == ["sd3_5", "ltx"]
+    assert [n for n, layout in layouts.items() if layout is None] == ["sd3_5"]
 
 
 def test_each_name_that_is_not_covered_says_why():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nsphere.norms import L2Clip, NormSpec, StatisticNorm
-from nsphere.qk_norm import LearnedMultiplier, Over, QKNorm
+from nsphere.qk_norm import LearnedMultiplier, Over, QKNorm, statistic_width
 from nsphere.rope import RopeSpec
 
 
@@ -373,7 +373,7 @@ _ALL: list[Family] = [
     *_same(TORCH_LAYER, "timm_mvitv2", rope=None, v=TORCH_LAYER, source="timm", note="on pooled q, k and v"),
     *_same(TORCH_LAYER, "diffusers_layer_norm", source="diffusers", rope={**FP32_ROPE, **PAIRS}),
     *_same(
-        NormSpec("layer", 1e-5, weight_cast="before"),
+        NormSpec("layer", 1e-5, weight_cast="torch"),
         "diffusers_fp32_layer_norm",
         source="diffusers (AuraFlow)",
         rope=None,
@@ -407,7 +407,13 @@ _ALL: list[Family] = [
         source="diffusers",
         rope={**FP32_ROPE, **PAIRS},
     ),
-    *_same(OLMO, "mochi", source="diffusers", rope={**FP32_ROPE, **PAIRS}),
+    *_same(
+        _eps(OLMO, 1e-5),
+        "mochi",
+        source="diffusers",
+        rope={**FP32_ROPE, **PAIRS},
+        note="angles differ from head to head",
+    ),
     *_same(
         NormSpec("layer", 1e-6, weight="shared", bias=True, weight_cast="torch"),
         "cogvideox",
@@ -445,8 +451,8 @@ _ALL: list[Family] = [
         "ltx",
         over="full",
         source="diffusers",
-        rope=None,
-        note="rotate outside, before the heads are split: its angles differ from head to head",
+        rope={**FP32_ROPE, **PAIRS},
+        note="angles differ from head to head: tables [B, T, H, R/2]",
     ),
     *_same(
         TORCH_LAYER,
@@ -476,7 +482,36 @@ _ALL: list[Family] = [
         k_factor=1.2,
         source="nanochat",
     ),
-    *_same(L2, "x_transformers", softmax_scale=10.0, source="x-transformers", note="optional groups, weight [H, 1, D]"),
+    *_same(
+        L2,
+        "x_transformers",
+        softmax_scale=10.0,
+        rope={**FP32_ROPE, **PAIRS},
+        source="x-transformers",
+        note="qk_norm_groups: over=the width of one",
+    ),
+    *_same(
+        dataclasses.replace(L2, weight="per_head"),
+        "x_transformers_dim_scale",
+        rope={**FP32_ROPE, **PAIRS},
+        source="x-transformers",
+        note="qk_norm_dim_scale: the weights start at D^¼",
+    ),
+    *_same(
+        dataclasses.replace(L2, weight="per_head", zero_centered=True),
+        "x_transformers_rmsnorm",
+        rope={**FP32_ROPE, **PAIRS},
+        times="sqrt(D)",
+        source="x-transformers",
+        note="qk_rmsnorm",
+    ),
+    *_same(
+        NormSpec("l2", 1e-6, weight_cast="before"),
+        "gated_deltanet",
+        rope=None,
+        source="flash-linear-attention; transformers",
+        note="linear attention without a softmax, q times the scale: qwen3_next's, olmo_hybrid's, kimi_linear's",
+    ),
 ]
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
@@ -486,7 +521,12 @@ _BEFORE = "its norms precede the projections"
 _OUTPUT = "its norm is of the attention's output"
 _LOGITS = "it acts on the logits, not on q and k"
 _HIDDEN = "a norm of hidden states before a projection"
-_INDEXER = "LayerNorm of the indexer's k: a plain norm, `LayerNorm(dim)`"
+_INDEXER = "the norms of an indexer, which picks the keys to attend to, are plain norms: `LayerNorm(dim)`"
+
+_WITH_INDEXER = (
+    *("axk2", "deepseek_v32", "deepseek_v4", "dots3_note", "glm5_next", "glm_moe_dsa", "hy_v4", "minimax_m3_vl"),
+    *("mistral_large4", "qwen4_exp"),
+)
 
 NOT_COVERED: dict[str, str] = {
     "kimi_k2_qk_clip": "not in the forward pass: MuonClip rescales the projections' weights after a step",
@@ -495,10 +535,12 @@ NOT_COVERED: dict[str, str] = {
     **dict.fromkeys(("aria", "evolla", "perceiver", "efficientloftr", "pvt", "segformer", "glpn"), _BEFORE),
     **dict.fromkeys(("levit", "cvt"), "BatchNorm inside the projections"),
     **dict.fromkeys(("diffllama", "bitnet", "kosmos2", "minimax", "muse_spark_o_norm", "timm_scale_norm"), _OUTPUT),
-    **dict.fromkeys(("deepseek_v32_indexer", "glm_moe_dsa_indexer", "hy_v4_indexer"), _INDEXER),
+    **dict.fromkeys((f"{name}_indexer" for name in _WITH_INDEXER), _INDEXER),
     **dict.fromkeys(
         ("mistral_large4_q_input_norm", "inkling2_q_input_layernorm", "inkling2_k_input_layernorm"), _HIDDEN
     ),
+    **dict.fromkeys(("dac", "glm_image", "clap"), "it normalises codes or embeddings, not q and k"),
+    "neomme_exclusive": "its attention's output loses its part along v",
     "qwen4_exp_ple": "norm_query and norm_key belong to the gate of its per-layer embeddings, not to its attention",
     **dict.fromkeys(("gemma2", "cohere_logit_scale", "clip", "gpt_oss"), _LOGITS),
 }
@@ -556,14 +598,12 @@ def qk_norm(
     spec = _rope_spec(family, head_dim, rope_dim, rope_base, rounding) if rope else None
     heads = num_heads, num_kv_heads if num_kv_heads is not None else num_heads
     over = family.over if over is None else over
-    full = over == "full"
-    head_width = over[1] - over[0] if isinstance(over, tuple) else head_dim
     norms: list[nn.Module | None] = []
     for norm, count in zip((family.q, family.k), heads, strict=True):
-        if full and count is None:
+        if over == "full" and count is None:
             raise ValueError(f"{name} normalises all heads together; give num_heads")
-        width = head_dim * count if full and count is not None else head_width
-        norms.append(_norm(family, norm, width, None if full else count, eps, rounding))
+        width, rows = statistic_width(over, head_dim, count)
+        norms.append(_norm(family, norm, width, rows, eps, rounding))
     if family.clip:
         norms = [L2Clip(head_dim, max_norm=family.clip, num_heads=n) for n in (num_heads, None)]
     options.setdefault("multiplier_place", family.multiplier_place)

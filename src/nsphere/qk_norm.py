@@ -22,6 +22,34 @@ Over: TypeAlias = Literal["head", "full"] | int | tuple[int, int]
 Layout: TypeAlias = Literal["bshd", "sbhd", "bhsd", "thd"]
 
 
+def statistic_width(over: Over, head_dim: int, num_heads: int | None) -> tuple[int, int | None]:
+    """The width that one statistic spans, and how many rows of it a token has (None where it is all the same).
+
+    Raises:
+        ValueError: for what is no part of heads of this width.
+    """
+    if isinstance(over, tuple):
+        start, stop = over
+        if not 0 <= start < stop <= head_dim:
+            raise ValueError(f"over={over} is no slice of a head of {head_dim} dims")
+        return stop - start, num_heads
+    if over == "head":
+        return head_dim, num_heads
+    if num_heads is None:
+        raise ValueError(f"QKNorm got over={over!r} without num_heads; give num_heads")
+    width = num_heads * head_dim
+    if over == "full":
+        return width, None
+    if not isinstance(over, int):
+        raise ValueError(f'QKNorm got over={over!r}; choose "head", "full", a width, or (start, stop)')
+    if width % over or (head_dim % over and over % head_dim):
+        raise ValueError(
+            f"over={over} does not divide {num_heads} heads of {head_dim} evenly; give a width that "
+            "divides head_dim, or a multiple of it that divides all heads together"
+        )
+    return over, width // over
+
+
 class LearnedMultiplier(nn.Module):
     """A learned factor on q or k, broadcastable to [H, D].
 
@@ -201,7 +229,7 @@ class QKNorm(nn.Module):
     def _make(self, side: str, norm: Any, heads: int | None, options: dict[str, Any]) -> nn.Module | None:
         if norm is None:
             return None
-        width, rows = self._width(heads)
+        width, rows = statistic_width(self.over, self.head_dim, heads)
         made = make_norm(norm, width, num_heads=rows, **({} if isinstance(norm, nn.Module) else options))
         dim = getattr(made, "dim", None)
         if dim is not None and dim != width:
@@ -217,29 +245,6 @@ class QKNorm(nn.Module):
                     f"build it with num_heads={rows}"
                 )
         return made
-
-    def _width(self, heads: int | None) -> tuple[int, int | None]:
-        """The width one statistic spans, and how many rows of it a token has."""
-        if isinstance(self.over, tuple):
-            start, stop = self.over
-            if not 0 <= start < stop <= self.head_dim:
-                raise ValueError(f"over={self.over} is no slice of a head of {self.head_dim} dims")
-            return stop - start, heads
-        if self.over == "head":
-            return self.head_dim, heads
-        if heads is None:
-            raise ValueError(f"QKNorm got over={self.over!r} without num_heads; give num_heads")
-        width = heads * self.head_dim
-        if self.over == "full":
-            return width, None
-        if not isinstance(self.over, int):
-            raise ValueError(f'QKNorm got over={self.over!r}; choose "head", "full", a width, or (start, stop)')
-        if width % self.over or (self.head_dim % self.over and self.over % self.head_dim):
-            raise ValueError(
-                f"over={self.over} does not divide {heads} heads of {self.head_dim} evenly; give a width that "
-                "divides head_dim, or a multiple of it that divides all heads together"
-            )
-        return self.over, width // self.over
 
     def _softmax_scale(self, asked: float | str | None) -> float:
         plain = self.head_dim**-0.5

@@ -1,9 +1,11 @@
 """The attentions of transformers that are compared with ours."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from hf_attentions import HIDDEN, HKV, B, Case, D, H, Run, T, given_tables, heads
+from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomAttention
 from transformers.models.idefics.modeling_idefics import IdeficsAttention
 
 from nsphere import hf
@@ -287,6 +289,13 @@ CASES = [
     Case("muse_glimmer", "muse_glimmer:MuseGlimmerTextAttention"),
     Case("muse_spark", "muse_spark:MuseSparkTextAttention"),
     Case("neomme", "neomme:NeoMMEAttention", tables=given_tables),
+    Case(
+        "esmfold2",
+        "esmfold2:EsmFold2AtomAttention",
+        config="EsmFold2Config",
+        built=lambda c: EsmFold2AtomAttention(c, SimpleNamespace(head_dim=D, hidden_size=HIDDEN)),
+        tables=given_tables,
+    ),
     Case("llama4", "llama4:Llama4TextAttention", options={"no_rope_layers": [1, 1, 0, 1]}),
     Case(
         "llama4_nope",

@@ -248,6 +248,39 @@ def test_cosine_attention(family):
         assert qk.softmax_scale == 1.0
 
 
+def functional_peers():
+    """What the attentions that call functions, and reach no kernel, do to k."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import l2norm
+    from transformers.models.reformer.modeling_reformer import EfficientAttentionMixin, LSHSelfAttention
+    from transformers.models.yoso.modeling_yoso import normalize
+
+    reformer = LSHSelfAttention.__new__(LSHSelfAttention)
+    assert isinstance(reformer, EfficientAttentionMixin)
+    return {
+        "reformer": lambda k: reformer._len_and_dim_norm(k, 4),
+        "yoso": normalize,
+        "swiftformer": lambda k: normalize(k.flatten(-2)).unflatten(-1, k.shape[-2:]),
+        "gated_deltanet": lambda k: l2norm(k.float(), dim=-1, eps=1e-6),
+        "idefics_perceiver": nn.LayerNorm(16),
+    }
+
+
+@pytest.mark.parametrize("family", ["reformer", "yoso", "swiftformer", "gated_deltanet", "idefics_perceiver"])
+def test_functional_norms(family):
+    peer = functional_peers()[family]
+    for dtype, scale in COMBINATIONS:
+        torch.manual_seed(0)
+        k = (torch.randn(2, 5, H, 16) * scale).to(dtype)
+        qk = families.qk_norm(family, head_dim=16, num_heads=H)
+        with torch.no_grad():
+            _, got = qk.to(dtype)(k, k)
+            expected = (peer.to(dtype) if isinstance(peer, nn.Module) else peer)(k)
+        if family == "reformer" and dtype != torch.float32:  # it sums squares below fp32
+            torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-4)
+        else:
+            assert torch.equal(got, expected.to(dtype)), f"{dtype} {scale}"
+
+
 def test_configs_give_the_family_with_fresh_weights():
     config = transformers.Qwen3Config(
         hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-4
