@@ -60,7 +60,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [n for n in archive.namelist() if ".dist-info/" not in n]
-    sources = {str(p.relative_to(ROOT / "src")) for p in (ROOT / "src" / "nsphere").rglob("*.py")}
+    sources = {
+        str(p.relative_to(ROOT / "src")) for p in (ROOT / "src" / "nsphere").rglob("*") if p.suffix in (".py", ".cpp")
+    }
     assert set(names) == sources | {"nsphere/py.typed"}
 
 

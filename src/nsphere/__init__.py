@@ -8,7 +8,7 @@ from nsphere.gpt import GPT, GPTConfig
 from nsphere.hypersphere import SphereEmbedding, SphereLinear, assert_on_hypersphere, on_sphere
 from nsphere.ngpt import NGPT, NGPTConfig
 from nsphere.norms import L2Norm, LayerNorm, Norm, RMSNorm, make_norm, register_norm
-from nsphere.optim import keep_on_hypersphere
+from nsphere.optim import SphereAdamW, keep_on_hypersphere
 from nsphere.presets import make_model
 from nsphere.qk_clip import QKClip
 from nsphere.qk_norm import QKNorm
@@ -28,6 +28,7 @@ __all__ = [
     "QKNorm",
     "RMSNorm",
     "RopeSpec",
+    "SphereAdamW",
     "SphereEmbedding",
     "SphereLinear",
     "assert_on_hypersphere",

@@ -41,11 +41,16 @@ class Ability(NamedTuple):
     reason: str
 
 
+def cpp_command() -> list[str]:
+    """The C++ compiler that torch.compile would call."""
+    return shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
+
+
 @functools.cache
 def cpp_compiler() -> Ability:
     """Whether the C++ compiler that torch.compile would call, $CXX or g++, builds a shared library with OpenMP."""
-    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    command = shlex.split(name)
+    command = cpp_command()
+    name = shlex.join(command)
     if not command or shutil.which(command[0]) is None:
         return Ability(False, f"no C++ compiler found ({name} is not on the PATH); install g++, or set CXX")
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]

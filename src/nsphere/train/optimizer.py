@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nsphere.layers import Decoder
-from nsphere.optim import keep_on_hypersphere
+from nsphere.optim import SphereAdamW, keep_on_hypersphere
 from nsphere.train.config import TrainConfig
 
 
@@ -32,13 +32,12 @@ def make_optimizers(model: Decoder, config: TrainConfig) -> list[Optimizer]:
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    optimizers.append(
-        torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
-    )
+    lr, betas, eps = config.lr, (config.beta1, config.beta2), config.adam_eps
     if getattr(model.config, "projection", None) == "step":
         for optimizer in optimizers:
             keep_on_hypersphere(model, optimizer)
-    return optimizers
+        return [*optimizers, SphereAdamW(model, groups, lr=lr, betas=betas, eps=eps)]
+    return [*optimizers, torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)]
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:

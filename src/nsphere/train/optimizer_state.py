@@ -14,6 +14,11 @@ from nsphere.train.model_state import parameter_names, some
 _MACHINE_OPTIONS = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
 
 
+def _kind(optimizer: Optimizer) -> str:
+    """The class whose state this is: its own, unless it says that it shares another's."""
+    return getattr(optimizer, "saved_as", type(optimizer).__name__)
+
+
 def as_list(optimizers: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
     """One, several or no optimizers as a list."""
     if optimizers is None:
@@ -36,7 +41,7 @@ def collect(model: nn.Module, optimizers: list[Optimizer]) -> tuple[dict[str, Te
     tensors: dict[str, Tensor] = {}
     contents = []
     for optimizer in optimizers:
-        kind = type(optimizer).__name__
+        kind = _kind(optimizer)
         groups = [
             {
                 "params": group_names,
@@ -135,7 +140,7 @@ def plan(
 
     plans = []
     for optimizer in optimizers:
-        kind = type(optimizer).__name__
+        kind = _kind(optimizer)
         for group, group_names in zip(optimizer.param_groups, _group_names(optimizer, names), strict=True):
             saved_names = [tied.get(name, name) for name in group_names]
             saved_kind, options = saved_groups.pop(frozenset(saved_names), (None, {}))

@@ -1,11 +1,13 @@
 """One optimizer step of AdamW, with the projection onto the sphere in the same pass."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsphere.ops.sphere_adamw import reference
+from nsphere.ops import backend as backends
+from nsphere.ops.sphere_adamw import cpu, reference
 
 __all__ = ["sphere_adamw_"]
 
@@ -26,6 +28,7 @@ def sphere_adamw_(
     rounding_seed: int | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    backend: str | None = None,
 ) -> None:
     """AdamW as torch has it for every weight, then w ← w / ‖w‖₂ along its dim, in place.
 
@@ -51,29 +54,29 @@ def sphere_adamw_(
             exact; give another seed every step. None rounds to the nearest.
         grad_scale: 0-dim; gradients are divided by it (GradScaler).
         found_inf: 0-dim; where it is not 0 nothing changes, not even the step counts.
+        backend: "reference", torch's AdamW and then the projection; "compiled", on CPU one pass in C++; by default
+            the best that can run.
 
     Raises:
-        ValueError: for lists of unequal length, a weight that is not fp32, or a dim it does not have.
+        ValueError: for lists of unequal length, a weight that is not fp32, or a dim it does not have; for an unknown
+            backend.
+        RuntimeError: for a backend that was asked for and cannot run.
 
     Source: arXiv 2410.01131, section 2.6; AdamW: arXiv 1711.05101.
     """
     check(weights, grads, exp_avgs, exp_avg_sqs, steps, dims, rounded)
-    reference.sphere_adamw_(
-        weights,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        steps,
-        dims,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        rounded=rounded,
-        rounding_seed=rounding_seed,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-    )
+    if not weights:
+        return
+    arguments = (weights, grads, exp_avgs, exp_avg_sqs, steps, dims)
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    options |= {"rounded": rounded, "rounding_seed": rounding_seed, "grad_scale": grad_scale, "found_inf": found_inf}
+    device = weights[0].device
+    if backends.choose(device, backend) == "compiled" and device.type == "cpu":
+        reason = cpu.why_not(weights, exp_avgs, exp_avg_sqs, dims)
+        if reason is None:
+            return cpu.sphere_adamw_(*arguments, **options)
+        backends.refuse_or_log(backend, "compiled", f"sphere_adamw_: {reason}")
+    reference.sphere_adamw_(*arguments, **options)
 
 
 def check(

@@ -30,12 +30,10 @@ def sphere_adamw_(
     """See `nsphere.ops.sphere_adamw`."""
     if found_inf is not None and found_inf.item():
         return
-    wide = [
-        g.to(w.dtype) if grad_scale is None else g.to(w.dtype) / grad_scale for g, w in zip(grads, weights, strict=True)
-    ]
+    grads = unscaled(weights, grads, grad_scale)
     adamw(
         list(weights),
-        wide,
+        list(grads),
         list(exp_avgs),
         list(exp_avg_sqs),
         [],
@@ -50,11 +48,22 @@ def sphere_adamw_(
         maximize=False,
     )
     normalize_matrices_([(w, dim) for w, dim in zip(weights, dims, strict=True) if dim is not None])
+    write_rounded(weights, rounded, rounding_seed)
+
+
+def unscaled(weights: Sequence[Tensor], grads: Sequence[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
+    """The gradients in the weights' dtypes, GradScaler's factor taken out."""
+    wide = [g.to(w.dtype) for g, w in zip(grads, weights, strict=True)]
+    return wide if grad_scale is None else [g / grad_scale for g in wide]
+
+
+def write_rounded(weights: Sequence[Tensor], rounded: Sequence[Tensor | None] | None, seed: int | None) -> None:
+    """Write each weight, rounded, to its copy, if it has one."""
     for i, (w, copy) in enumerate(zip(weights, rounded or [None] * len(weights), strict=True)):
         if copy is None:
             continue
-        if rounding_seed is not None and copy.dtype == torch.bfloat16:
-            generator = torch.Generator(w.device).manual_seed(rounding_seed * 1_000_003 + i)
+        if seed is not None and copy.dtype == torch.bfloat16:
+            generator = torch.Generator(w.device).manual_seed(seed * 1_000_003 + i)
             copy.copy_(round_stochastically(w, generator))
         else:
             copy.copy_(w)
