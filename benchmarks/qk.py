@@ -1,29 +1,42 @@
 """Does QKNorm in eager user code cost what the compiler makes of the formula?
 
 Forward and backward of norm + RoPE of q and k: eager Hugging Face code (Qwen3's), torch.compile on the plain formula,
-and nsphere's QKNorm called from eager code. Runs are interleaved, so that a busy machine slows all alike; medians.
+and nsphere's QKNorm called from eager code, by turns in one process; then how many graphs further lengths compile.
 
-    python benchmarks/qk.py [--rounds 30] [--threads N] [--device cpu]
+    python benchmarks/qk.py --json benchmarks/results/qk.json
 """
 
-import argparse
-import json
 import os
-import platform
-import statistics
-import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 # a compilation that an earlier run left behind would make the first call look free
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
+import harness
 import torch
+import tyro
 
 from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
 
 BATCH, LENGTH, HEADS, KV_HEADS = 4, 1024, 16, 4
+HF, COMPILED, OURS = "hf eager", "torch.compile", "nsphere"
+# of ours over the others, at most
+TARGETS = {COMPILED: 1.03, HF: 0.25}
+
+
+@dataclass(frozen=True)
+class Args:
+    """QKNorm over torch.compile and over eager Hugging Face code."""
+
+    rounds: int = 25
+    """Calls of each that count."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    json: Path | None = None
+    """Where to write the numbers."""
 
 
 def hf_norm(x, weight, eps):
@@ -62,110 +75,115 @@ def plain_weightless(q, k, q_weight, k_weight, cos, sin):
     return plain_side(q, 1.0, cos, sin), plain_side(k, 1.0, cos, sin)
 
 
-def arms(head_dim, dtype, device, weighted):
-    """Name -> a function that runs forward and backward once."""
+def inputs(length, head_dim, dtype, device):
+    """Leaf q and k and a gradient for each, and the tables."""
     generator = torch.Generator(device=device).manual_seed(0)
 
     def make(heads):
-        x = torch.randn(BATCH, LENGTH, heads, head_dim, generator=generator, device=device)
+        x = torch.randn(BATCH, length, heads, head_dim, generator=generator, device=device)
         return x.to(dtype).requires_grad_(), torch.randn_like(x).to(dtype)
 
     (q, q_grad), (k, k_grad) = make(HEADS), make(KV_HEADS)
-    rope = RopeSpec(head_dim)
-    cos, sin = rope.tables(LENGTH, device=device)
+    return (q, k), (q_grad, k_grad), RopeSpec(head_dim).tables(length, device=device)
+
+
+def arms(head_dim, dtype, device, weighted):
+    """Name -> a function that runs forward and backward once."""
+    (q, k), grads, (cos, sin) = inputs(LENGTH, head_dim, dtype, device)
     doubled = [torch.cat((t, t), -1).to(dtype).unsqueeze(0) for t in (cos, sin)]
     weights = [torch.ones(head_dim, device=device, requires_grad=True) for _ in range(2)]
     low_weights = [torch.ones(head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
-    options = {} if weighted else {"weight": "none"}
-    qk_norm = QKNorm("rms", head_dim=head_dim, rope=rope, **options).to(device)
+    qk_norm = our_module(head_dim, device, weighted)
     compiled = torch.compile(plain if weighted else plain_weightless)
 
     def step(function):
         def run():
-            torch.autograd.backward(function(), (q_grad, k_grad))
+            torch.autograd.backward(function(), grads)
             for t in (q, k, *weights, *low_weights, *qk_norm.parameters()):
                 t.grad = None
 
         return run
 
     return {
-        "hf eager": step(lambda: hf_eager(q, k, *low_weights, *doubled)),
-        "torch.compile": step(lambda: compiled(q, k, *weights, cos, sin)),
-        "nsphere": step(lambda: qk_norm(q, k, rope=(cos, sin))),
+        HF: step(lambda: hf_eager(q, k, *low_weights, *doubled)),
+        COMPILED: step(lambda: compiled(q, k, *weights, cos, sin)),
+        OURS: step(lambda: qk_norm(q, k, rope=(cos, sin))),
     }
 
 
-def measure(functions, rounds, device):
-    """Seconds of the first call, and the median of the others, by name."""
+def our_module(head_dim, device, weighted):
+    options = {} if weighted else {"weight": "none"}
+    return QKNorm("rms", head_dim=head_dim, rope=RopeSpec(head_dim), **options).to(device)
+
+
+def timed(run, device):
+    """A function that runs once and returns the milliseconds."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    first, times = {}, {name: [] for name in functions}
-    for name, run in functions.items():
+
+    def call():
+        wait()
         start = time.perf_counter()
         run()
         wait()
-        first[name] = time.perf_counter() - start
-        for _ in range(3):
-            run()
-    for i in range(rounds):
-        for name, run in functions.items():
-            if name == "hf eager" and i % 4:  # many times slower, and its ratio needs no such care
-                continue
-            wait()
-            start = time.perf_counter()
-            run()
-            wait()
-            times[name].append(time.perf_counter() - start)
-    return first, {name: statistics.median(values) for name, values in times.items()}
+        return {"ms": 1e3 * (time.perf_counter() - start)}
+
+    return call
+
+
+def graphs_by_length(head_dim, dtype, device):
+    """How many graphs a new kind of call has compiled after each of several lengths."""
+    qk_norm = QKNorm("rms", head_dim=head_dim, rope=RopeSpec(head_dim), eps=3e-6).to(device)
+    torch._dynamo.utils.counters.clear()
+    counted = {}
+    for length in (LENGTH, LENGTH - 100, LENGTH // 2, LENGTH + 7):
+        sides, grads, tables = inputs(length, head_dim, dtype, device)
+        torch.autograd.backward(qk_norm(*sides, rope=tables), grads)
+        counted[length] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return counted
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "qk.json")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rows = []
-    print(f"(B{BATCH}, S{LENGTH}, Hq{HEADS}, Hkv{KV_HEADS}), forward + backward, median of {args.rounds}, ms")
-    print(f"{'':24}{'hf eager':>10}{'compile':>10}{'nsphere':>10}{'/ compile':>11}{'/ eager':>9}{'first call':>12}")
+    args = tyro.cli(Args, description=Args.__doc__)
+    rows, results, missed = [], [], []
     for head_dim in (64, 128):
         for dtype in (torch.float32, torch.bfloat16):
             for weighted in (True, False):
-                first, medians = measure(arms(head_dim, dtype, args.device, weighted), args.rounds, args.device)
-                eager, compiled, ours = (1e3 * medians[n] for n in ("hf eager", "torch.compile", "nsphere"))
-                row = {
-                    "head_dim": head_dim,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "weight": weighted,
-                    "ms": {name: round(1e3 * t, 3) for name, t in medians.items()},
-                    "first_call_s": {name: round(t, 2) for name, t in first.items()},
-                    "over_compile": round(ours / compiled, 3),
-                    "over_eager": round(ours / eager, 3),
+                name = f"D{head_dim} {str(dtype).removeprefix('torch.')} {'weighted' if weighted else 'bare'}"
+                calls = {
+                    arm: timed(run, args.device) for arm, run in arms(head_dim, dtype, args.device, weighted).items()
                 }
-                rows.append(row)
-                name = f"D{head_dim} {row['dtype']} {'weight' if weighted else 'bare'}"
-                print(
-                    f"{name:24}{eager:10.2f}{compiled:10.2f}{ours:10.2f}{ours / compiled:11.3f}{ours / eager:9.3f}"
-                    f"{first['nsphere']:11.1f}s",
-                    flush=True,
+                first = {arm: call()["ms"] / 1e3 for arm, call in calls.items()}
+                harness.interleave(calls, 3)
+                ms = {arm: values["ms"] for arm, values in harness.interleave(calls, args.rounds).items()}
+                over = {arm: harness.ratios(ms[OURS], ms[arm]) for arm in TARGETS}
+                missed += [
+                    f"{name}: {over[arm][1]:.3f} of {arm}" for arm, most in TARGETS.items() if over[arm][1] > most
+                ]
+                times = {arm: harness.quartiles(values) for arm, values in ms.items()}
+                results.append(
+                    {
+                        "head_dim": head_dim,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "weighted": weighted,
+                        "ms_quartiles": {arm: [round(x, 3) for x in q] for arm, q in times.items()},
+                        "first_call_s": {arm: round(t, 2) for arm, t in first.items()},
+                        "ratio_quartiles": {arm: [round(x, 3) for x in q] for arm, q in over.items()},
+                    }
                 )
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    args.out.parent.mkdir(exist_ok=True)
-    record = {
-        "machine": platform.processor() or platform.machine(),
-        "threads": args.threads,
-        "device": args.device,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "shape": {"batch": BATCH, "length": LENGTH, "heads": HEADS, "kv_heads": KV_HEADS},
-        "rounds": args.rounds,
-        "rows": rows,
-    }
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+                rows.append(
+                    [
+                        name,
+                        *(f"{times[arm][1]:.2f}" for arm in (HF, COMPILED, OURS)),
+                        *("{1:.3f} ({0:.3f}–{2:.3f})".format(*over[arm]) for arm in (COMPILED, HF)),
+                        f"{first[OURS]:.1f}",
+                    ]
+                )
+                print(*rows[-1], flush=True)
+    graphs = graphs_by_length(64, torch.bfloat16, args.device)
+    print(f"graphs compiled after lengths {graphs}; beyond targets: {missed or 'nothing'}")
+    header = ["", "hf ms", "compile ms", "ours ms", "over compile", "over hf", "first call s"]
+    title = f"norm + RoPE of q and k, forward + backward, B{BATCH} S{LENGTH} Hq{HEADS} Hkv{KV_HEADS}, medians of {args.rounds}"
+    harness.finish(title, header, rows, {"kinds": results, "graphs_by_length": graphs, "missed": missed}, args.json)
 
 
 if __name__ == "__main__":
