@@ -182,7 +182,8 @@ def main():
     graphs = graphs_by_length(64, torch.bfloat16, args.device)
     print(f"graphs compiled after lengths {graphs}; beyond targets: {missed or 'nothing'}")
     header = ["", "hf ms", "compile ms", "ours ms", "over compile", "over hf", "first call s"]
-    title = f"norm + RoPE of q and k, forward + backward, B{BATCH} S{LENGTH} Hq{HEADS} Hkv{KV_HEADS}, medians of {args.rounds}"
+    shape = f"B{BATCH} S{LENGTH} Hq{HEADS} Hkv{KV_HEADS}"
+    title = f"norm + RoPE of q and k, forward + backward, {shape}, medians of {args.rounds}"
     harness.finish(title, header, rows, {"kinds": results, "graphs_by_length": graphs, "missed": missed}, args.json)
 
 
