@@ -158,6 +158,30 @@ def test_families_of_diffusers():
     assert [n for n, layout in layouts.items() if layout is None] == ["sd3_5"]
 
 
+def test_ltx_turns_every_head_by_angles_of_its_own():
+    """As diffusers' LTX does: one table over all heads together, pairs side by side."""
+    qk = families.qk_norm("ltx", head_dim=D, num_heads=H)
+    q, k = torch.randn(B, T, H, D), torch.randn(B, T, H, D)
+    angles = torch.rand(B, T, H * D // 2) * 6
+    cos, sin = (t.repeat_interleave(2, -1) for t in (angles.cos(), angles.sin()))
+    got = qk(q, k, rope=(cos.unflatten(-1, (H, D)), sin.unflatten(-1, (H, D))))
+    for x, y in zip((q, k), got, strict=True):
+        x = F.rms_norm(x.flatten(-2), (H * D,), eps=1e-5)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        expected = x * cos + torch.stack((-b, a), -1).flatten(-2) * sin
+        torch.testing.assert_close(y, expected.unflatten(-1, (H, D)))
+
+
+def test_a_family_over_groups():
+    sizes = {"head_dim": D, "num_heads": H, "num_kv_heads": HKV, "rope": False}
+    q, _, (out, _) = call(families.qk_norm("x_transformers", over=4, **sizes))
+    torch.testing.assert_close(out, F.normalize(q.unflatten(-1, (-1, 4)), dim=-1).flatten(-2))
+    q, _, (out, _) = call(families.qk_norm("qwen3", over=2 * D, **sizes))
+    torch.testing.assert_close(out, F.rms_norm(q.unflatten(-2, (-1, 2)).flatten(-2), (2 * D,)).view_as(q))
+    with pytest.raises(ValueError, match="over=5 does not divide 4 heads of 16 evenly"):
+        families.qk_norm("qwen3", over=5, **sizes)
+
+
 def test_each_name_that_is_not_covered_says_why():
     assert all(name.isidentifier() for name in families.NOT_COVERED)
     for name, reason in {
