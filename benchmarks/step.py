@@ -20,7 +20,7 @@ import tyro
 from nsphere.hypersphere import normalize_matrices_
 from nsphere.train.config import RunOptions, TrainConfig, resolve
 from nsphere.train.data import Corpus, TokenSplit
-from nsphere.train.optimizer import clip_grad_norm
+from nsphere.train.gradients import clip_grad_norm_
 from nsphere.train.timing import peak_memory
 from nsphere.train.tokenizer import ByteTokenizer
 from nsphere.train.trainer import Trainer
@@ -79,7 +79,7 @@ def timed_step(trainer: Trainer) -> dict[str, float]:
     mark()
     loss.backward()
     mark()
-    clip_grad_norm(trainer.model, 1.0)
+    clip_grad_norm_(trainer.model, 1.0, trainer.world)
     mark()
     for optimizer in trainer.optimizers:
         optimizer.step()

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ class GPTConfig(DecoderConfig):
 
     qk_norm: str = "none"
     """Norm of q and k per head before the rotary embedding: none, rms, layer, l2 or any registered norm."""
+    qk_norm_over: Literal["head", "full"] = "head"
+    """What one statistic of that norm spans: a head, or all heads together, as in OLMo 2."""
     tied: bool = False
     """Whether the output head is the token embedding."""
     norm_eps: float = 1e-6
@@ -29,6 +32,8 @@ class GPTConfig(DecoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "norm_eps", "init_std")
+        if self.qk_norm_over not in ("head", "full"):
+            raise ValueError(f"qk_norm_over is {self.qk_norm_over!r}; choose head or full")
         if self.qk_norm != "none":
             make_norm(self.qk_norm, self.head_dim, num_heads=self.num_heads)  # refuses an unknown name
 
@@ -88,6 +93,7 @@ class GPT(Decoder):
                 num_kv_heads=config.num_kv_heads,
                 rope=spec,
                 place="before",
+                over=config.qk_norm_over,
             )
 
         blocks = [GPTBlock(config, qk_norm()) for _ in range(config.num_layers)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nsphere.ops.embedding import embedding
 from nsphere.ops.normalize_matrices import normalize_matrices_ as _normalize_matrices_
+from nsphere.ops.normalize_matrices.sharded import norms as sharded_norms
 from nsphere.ops.normalized_update import unit
 
 ScaleKind = Literal["vector", "scalar", "fixed"]
@@ -188,7 +189,9 @@ def sphere_matrices(model: nn.Module) -> Iterator[SphereMatrix]:
         if getattr(module, "projection", "step") == "forward":
             continue
         for parameter, dim in getattr(module, "sphere_dims", {}).items():
-            weight = getattr(module, parameter)
+            # not the attribute: under tensor parallelism that is this rank's part of the parameter
+            weight = module._parameters[parameter]
+            assert weight is not None
             if id(weight) not in seen:
                 seen.add(id(weight))
                 yield SphereMatrix(f"{prefix}.{parameter}" if prefix else parameter, weight, dim)
@@ -208,7 +211,11 @@ class NormDeviation(NamedTuple):
 
 
 def _deviations(weight: Tensor, dim: int) -> Tensor:
-    norms = torch.linalg.vector_norm(weight.detach(), dim=dim, dtype=torch.float64).flatten()
+    """|‖w‖ − 1| of every vector of a matrix, of all ranks' parts where it is a DTensor."""
+    if hasattr(weight, "device_mesh"):
+        norms = sharded_norms(weight.detach(), dim)
+    else:
+        norms = torch.linalg.vector_norm(weight.detach(), dim=dim, dtype=torch.float64).flatten()
     return (norms - 1).abs().nan_to_num(nan=torch.inf)
 
 

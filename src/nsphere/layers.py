@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nsphere.kv_cache import CacheDtype, KVCache, Slots
 from nsphere.ops.attention import attention_with_max_logits, record_max_logits
-from nsphere.ops.linear_cross_entropy import linear_cross_entropy
+from nsphere.ops.linear_cross_entropy import VocabShard, linear_cross_entropy
 from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
 
@@ -160,6 +160,8 @@ class Decoder(nn.Module):
     rope_sin: Tensor
     unit_keys = False
     """Whether the keys that attention sees are unit vectors, which a cache in eight bits makes use of."""
+    vocab_shard: VocabShard | None = None
+    """The rows of the output head that are here, where tensor parallelism has split it."""
 
     def __init__(
         self, config: DecoderConfig, embed: nn.Module, blocks: Sequence[nn.Module], final_norm: nn.Module
@@ -268,7 +270,7 @@ class Decoder(nn.Module):
     def hidden_loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """The loss from what the last block returned."""
         h = self.final_norm(h)
-        return linear_cross_entropy(h.flatten(0, 1), self.output_weight(), targets.flatten())
+        return linear_cross_entropy(h.flatten(0, 1), self.output_weight(), targets.flatten(), vocab=self.vocab_shard)
 
     def compile_parts(self) -> None:
         """Compile each block and the loss, in place.

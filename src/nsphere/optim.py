@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from nsphere.collectives import local, split_axes
 from nsphere.hypersphere import project_what_is_off_, sphere_matrices
 from nsphere.ops.normalize_matrices import normalize_matrices_ as project_
 from nsphere.ops.sphere_adamw import sphere_adamw_
@@ -105,21 +106,21 @@ class SphereAdamW(torch.optim.AdamW):
                 weights = [w.to(wide) for w in weights]  # a copy only of bf16 that is rounded stochastically
                 dims = [sphere_dims.get(id(p)) for p in params]
                 for i, (p, dim) in enumerate(zip(params, dims, strict=True)):
-                    if dim is not None and _is_split(p, dim):
+                    if dim is not None and split_axes(p, dim):
                         split.append((p, dim))
                         dims[i] = None
                 sphere_adamw_(
-                    [_local(w) for w in weights],
-                    [_local(p.grad) for p in params if p.grad is not None],
-                    [_local(s["exp_avg"]) for s in states],
-                    [_local(s["exp_avg_sq"]) for s in states],
-                    [_local(s["step"]) for s in states],
+                    [local(w) for w in weights],
+                    [local(p.grad) for p in params if p.grad is not None],
+                    [local(s["exp_avg"]) for s in states],
+                    [local(s["exp_avg_sq"]) for s in states],
+                    [local(s["step"]) for s in states],
                     dims,
                     lr=group["lr"],
                     betas=group["betas"],
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
-                    rounded=[None if p.dtype == wide else _local(p) for p in params],
+                    rounded=[None if p.dtype == wide else local(p) for p in params],
                     rounding_seed=seed,
                     grad_scale=getattr(self, "grad_scale", None),
                     found_inf=found_inf,
@@ -161,16 +162,6 @@ def _refuse_options(options: dict[str, Any]) -> None:
             raise ValueError(
                 f"SphereAdamW has no {name}; leave it out, or use torch.optim.AdamW with keep_on_hypersphere"
             )
-
-
-def _local(t: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
-    return t.to_local() if hasattr(t, "to_local") else t
-
-
-def _is_split(t: Tensor, dim: int) -> bool:
-    """Whether a DTensor's vectors along `dim` are spread over ranks, so that their norms are not known here."""
-    return any(placement.is_shard(dim) for placement in getattr(t, "placements", ()))
 
 
 def _check_held(model: nn.Module, optimizer: Optimizer) -> None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from nsphere.collectives import sum_totals
 from nsphere.train.machine import choose_device
 
 T = TypeVar("T")
@@ -111,6 +112,18 @@ class World:
         dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control)
         return bool(seen)
 
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Numbers on the CPU, summed over all ranks."""
+        if self.mesh is None:
+            return numbers
+        return sum_totals(numbers, self.control)
+
+    def mean_loss(self, loss: Tensor) -> Tensor:
+        """The loss of the global batch, from the loss of each data-parallel rank's equal part."""
+        if self.mesh is None:
+            return loss
+        return sum_totals(loss.double() / self.dp * (self.tp_rank == 0))
+
     def broadcast(self, number: int) -> int:
         """The number that rank 0 gives, on all ranks."""
         if self.mesh is None:
@@ -190,6 +203,8 @@ def launched_rank() -> int:
 def start(layout: Layout, device_name: str = "auto") -> Iterator[World]:
     """Join the job that torchrun started, for the time of the context; a world of one without torchrun.
 
+    A process group that is there already is used and left.
+
     Args:
         layout: how the ranks are arranged.
         device_name: auto, cpu, cuda or cuda:N; under torchrun each rank takes the GPU of its local rank.
@@ -203,14 +218,14 @@ def start(layout: Layout, device_name: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(layout, device)
         return
-    if dist.is_initialized():
-        raise ValueError("torch.distributed is initialised already; start the job once")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     wait = timedelta(seconds=layout.timeout)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=wait, device_id=device if device.type == "cuda" else None)
+    joined = dist.is_initialized()
+    if not joined:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=wait, device_id=device if device.type == "cuda" else None)
     try:
         shape = (layout.dp_replicate, layout.dp_shard or 1, layout.tp)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
@@ -218,7 +233,8 @@ def start(layout: Layout, device_name: str = "auto") -> Iterator[World]:
             _set_timeout(wait, mesh.get_group(axis))
         yield World(layout, device, mesh, dist.new_group(backend="gloo", timeout=wait))
     finally:
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()
 
 
 def _set_timeout(wait: timedelta, group: Any) -> None:
@@ -228,8 +244,3 @@ def _set_timeout(wait: timedelta, group: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the world of a backend that has no time-out to set
         distributed_c10d._set_pg_timeout(wait, group)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, in the same memory; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

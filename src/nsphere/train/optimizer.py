@@ -1,7 +1,6 @@
 """The optimizers of a run, built from the model and the recipe."""
 
 import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nsphere.layers import Decoder
@@ -38,12 +37,3 @@ def make_optimizers(model: Decoder, config: TrainConfig) -> list[Optimizer]:
             keep_on_hypersphere(model, optimizer)
         return [*optimizers, SphereAdamW(model, groups, lr=lr, betas=betas, eps=eps)]
     return [*optimizers, torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)]
-
-
-def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients together to a global norm of at most `max_norm` (0: leave them); their norm before."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-    return norm

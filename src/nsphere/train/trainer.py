@@ -18,8 +18,11 @@ from nsphere.qk_norm import QKNorm
 from nsphere.train.arms import parse_arm
 from nsphere.train.config import RunOptions, TrainConfig, model_config
 from nsphere.train.data import Batches, Corpus, val_batches
+from nsphere.train.distributed import Layout, World
+from nsphere.train.gradients import clip_grad_norm_, reduce_vectors_
 from nsphere.train.machine import choose_device, has_bf16
-from nsphere.train.optimizer import clip_grad_norm, make_optimizers
+from nsphere.train.optimizer import make_optimizers
+from nsphere.train.parallelize import check_layout, parallelize, reshard
 from nsphere.train.schedule import lr_factor
 
 
@@ -47,15 +50,19 @@ class Trainer:
         config: resolved for this arm.
         options: how to carry it out.
         corpus: the data.
+        world: the ranks that share the work; this process alone if not given.
 
     Raises:
-        ValueError: a shape, device or dtype that can't be, or data shorter than a sequence.
+        ValueError: a shape, device, dtype or layout that can't be, or data shorter than a sequence.
     """
 
-    def __init__(self, arm: str, config: TrainConfig, options: RunOptions, corpus: Corpus) -> None:
-        assert config.context is not None and config.batch_size is not None
+    def __init__(
+        self, arm: str, config: TrainConfig, options: RunOptions, corpus: Corpus, world: World | None = None
+    ) -> None:
+        assert config.context is not None and config.batch_size is not None and config.optimizer is not None
         self.arm, self.config, self.options, self.corpus = arm, config, options, corpus
-        self.device = choose_device(options.device)
+        self.world = World(Layout(), choose_device(options.device)) if world is None else world
+        self.device = self.world.device
         self.autocast_dtype = choose_dtype(config, self.device)
         self.num_steps = 0
         self.num_skipped = 0
@@ -71,21 +78,23 @@ class Trainer:
             )
         ]
         self.model_config = model_config(arm, config, corpus.vocab_size)
+        check_layout(self.model_config, self.world, config.batch_size, self.micro_batch_size, config.optimizer)
+        self.compiled = options.compile and can_compile(self.device.type).available
+        # every rank makes the whole model from the seed and keeps its part: the weights of any layout are the same
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = make_model(self.model_config).to(self.device)
-        self.optimizers = make_optimizers(self.model, config)
-        self.compiled = options.compile and can_compile(self.device.type).available
+            self.model = make_model(self.model_config)
         if self.compiled:
             try:
                 backend.choose(self.device)
             except RuntimeError as error:  # NSPHERE_BACKEND asks for what can't run here
                 raise ValueError(str(error)) from None
-            self.model.compile_parts()
         else:
             for module in self.model.modules():
                 if isinstance(module, QKNorm):
                     module.backend = "reference"  # eager means eager: its op would compile itself
+        parallelize(self.model, self.world, self.autocast_dtype, self.compiled)
+        self.optimizers = make_optimizers(self.model, config)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The context that forward passes run in."""
@@ -109,17 +118,21 @@ class Trainer:
         """
         config = self.config
         assert config.batch_size is not None
-        num_micro = config.batch_size // self.micro_batch_size
+        # data-parallel rank r takes its stretch of the global batch; tensor-parallel ranks share theirs
+        num_rows = config.batch_size // self.world.dp
+        num_micro = num_rows // self.micro_batch_size
         losses: list[Tensor] = []
         for i in range(num_micro):
-            rows = slice(i * self.micro_batch_size, (i + 1) * self.micro_batch_size)
-            batch = self.batches(self.num_steps, rows if num_micro > 1 else None).to(self.device)
+            first = self.world.dp_rank * num_rows + i * self.micro_batch_size
+            rows = slice(first, first + self.micro_batch_size)
+            batch = self.batches(self.num_steps, rows).to(self.device)
             with self.autocast():
                 loss = self.model.loss(*batch)
             (loss if num_micro == 1 else loss / num_micro).backward()
             losses.append(loss.detach())
-        grad_norm = clip_grad_norm(self.model, config.grad_clip).item()
-        mean_loss = torch.stack(losses).mean().item()
+        reduce_vectors_(self.model, self.world)
+        grad_norm = clip_grad_norm_(self.model, config.grad_clip, self.world).item()
+        mean_loss = self.world.mean_loss(torch.stack(losses).mean()).item()
         lr = self.lr()
         finite = math.isfinite(mean_loss) and math.isfinite(grad_norm)
         if finite:
@@ -140,11 +153,20 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss over the fixed validation set, in nats per token."""
-        with self.autocast():
-            losses = [self.model.loss(*batch) for batch in self.val_batches]
-        weights = [batch.targets.numel() for batch in self.val_batches]
-        return sum(loss.item() * w for loss, w in zip(losses, weights, strict=True)) / sum(weights)
+        """Mean loss over the fixed validation set, in nats per token; data-parallel ranks share its batches."""
+        losses = torch.zeros(len(self.val_batches), dtype=torch.float64)
+        for first in range(0, len(losses), self.world.dp):
+            own = first + self.world.dp_rank
+            # all ranks run the same number of passes, as each takes part in gathering the weights of the others
+            batch = self.val_batches[min(own, len(losses) - 1)]
+            with self.autocast():
+                loss = self.model.loss(*batch)
+            if own < len(losses) and self.world.tp_rank == 0:
+                losses[own] = loss.item()
+        reshard(self.model)
+        losses = self.world.sum(losses)
+        weights = torch.tensor([batch.targets.numel() for batch in self.val_batches], dtype=torch.float64)
+        return ((losses * weights).sum() / weights.sum()).item()
 
     @property
     def architecture(self) -> str:
@@ -167,7 +189,7 @@ class Trainer:
         bf16 = has_bf16(self.device).reason
         return (
             f"{self.arm}: {self.model.num_parameters():,} parameters, {self.device}, {self.dtype_name} ({bf16}), "
-            f"{compile_line(self.options, can_compile(self.device.type))}"
+            f"{compile_line(self.options, can_compile(self.device.type))}, {self.world.describe()}"
         )
 
 
