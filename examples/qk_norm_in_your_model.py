@@ -2,8 +2,7 @@
 
     python examples/qk_norm_in_your_model.py [--qk-norm rms|l2|layer|p3|none]
 
-Trains a small byte-level transformer on the source of Python's standard library, at a learning rate that is too high
-without QK-norm. Half a minute on two CPU cores.
+Trains a small byte-level transformer on the source of Python's standard library. Half a minute on two CPU cores.
 """
 
 import argparse
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from nsphere import Norm, QKNorm, RopeSpec, register_norm
 
-D_MODEL, NUM_HEADS, HEAD_DIM, CONTEXT = 128, 4, 32, 128
+D_MODEL, NUM_HEADS, HEAD_DIM, CONTEXT = 128, 4, 32, 96
 
 
 @register_norm("p3")
@@ -71,15 +70,19 @@ def main() -> None:
     """Train, and print the loss."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--qk-norm", default="rms", help="rms, l2, layer, p3 (defined in this file) or none")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--lr", type=float, default=3e-3)
     args = parser.parse_args()
 
     torch.manual_seed(0)
     text = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("[a-e]*.py")))
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     model = nn.Sequential(
-        nn.Embedding(256, D_MODEL), Block(args.qk_norm), Block(args.qk_norm), nn.RMSNorm(D_MODEL), nn.Linear(D_MODEL, 256)
+        nn.Embedding(256, D_MODEL),
+        Block(args.qk_norm),
+        Block(args.qk_norm),
+        nn.RMSNorm(D_MODEL),
+        nn.Linear(D_MODEL, 256),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     for step in range(1, args.steps + 1):

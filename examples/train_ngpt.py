@@ -31,7 +31,8 @@ def main() -> None:
         d_model=128,
         num_layers=2,
         num_heads=4,
-        eigen_lr_init=0.5,  # about 1/num_layers, and s_z near 10: the paper's 0.05 and 1 cost a short run its first steps
+        # about 1/num_layers, and s_z near 10: the paper's 0.05 and 1 cost a short run its first hundreds of steps
+        eigen_lr_init=0.5,
         s_z_init=10.0,
     )
     model = NGPT(config)
