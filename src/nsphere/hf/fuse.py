@@ -151,6 +151,20 @@ def record_calls(model: nn.Module, names: list[str], inputs: Mapping[str, Any] |
         calls.setdefault(module, Call(args, kwargs, output))
 
     hooks = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
+    try:
+        run_once(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def run_once(model: nn.Module, inputs: Mapping[str, Any] | None) -> None:
+    """Call the model on the inputs, or on eight token ids: no gradients, evaluation mode, no cache.
+
+    Raises:
+        ValueError: if it does not run.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -163,11 +177,8 @@ def record_calls(model: nn.Module, names: list[str], inputs: Mapping[str, Any] |
             "the keywords of one call that works"
         ) from error
     finally:
-        for hook in hooks:
-            hook.remove()
         for module in training:
             module.training = True
-    return calls
 
 
 def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -181,6 +192,9 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
     """The attentions with a QK-norm, and the others with what speaks against them."""
     found, left = {}, {}
     for name, module in attentions(model):
+        if wiring_of(module) is not None:
+            left[name] = "its QK-norm came by add_qk_norm and is one op with RoPE already"
+            continue
         try:
             family = families.get(family_of(module))
         except ValueError:
@@ -201,8 +215,9 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
 def _why_nothing(left: Mapping[str, str]) -> str:
     if not left:
         return "it holds no attention of transformers"
-    reasons = collections.Counter(left.values())
-    return f"{reasons.most_common(1)[0][0]} (nsphere.hf.add_qk_norm puts QK-norm into a model that has none)"
+    ((reason, _),) = collections.Counter(left.values()).most_common(1)
+    advice = " (nsphere.hf.add_qk_norm puts QK-norm into a model that has none)"
+    return reason if "add_qk_norm" in reason else reason + advice
 
 
 def _fuse_one(attention: nn.Module, rounding: str, call: Call | None) -> str:

@@ -23,6 +23,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nsphere.qk_norm import Layout, QKNorm, Tables
@@ -79,6 +80,19 @@ def wiring_of(attention: Any) -> Wiring | None:
     return attention.__dict__.get("_wiring")
 
 
+def own_rope(attention: nn.Module, q: Tensor, k: Tensor, tables: Tables | Tensor) -> Tables:
+    """What the own RoPE of a rewired attention makes of q and k."""
+    kind: Any = type(attention)
+    if isinstance(tables, Tensor):
+        return kind._rope(q, k, tables)
+    if not kind._joined:
+        return kind._rope(q, k, *tables)
+    width = tables[0].shape[-1]
+    turned = kind._rope(q[..., :width], k[..., :width], *tables)
+    q, k = (torch.cat((part, x[..., width:]), -1) for part, x in zip(turned, (q, k), strict=True))
+    return q, k
+
+
 def layout_of(attention: Any, norms: tuple[str, ...]) -> Layout:
     """How q and k come to the wiring of such an attention."""
     return rewired(attention, norms)._layout  # type: ignore[attr-defined]
@@ -103,7 +117,8 @@ def rewired(attention: Any, norms: tuple[str, ...]) -> type[nn.Module]:
     definition = tree.body[0]
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
         raise CannotRewireError("its forward is decorated")
-    layout = _rewrite(definition, frozenset(norms))
+    joined = _join_parts(definition)
+    layout, rope, options = _rewrite(definition, frozenset(norms))
     source = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
     filename = f"nsphere/hf/rewired/{attention.__module__}.{attention.__qualname__}.py"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # for tracebacks, and inspect
@@ -122,6 +137,8 @@ def rewired(attention: Any, norms: tuple[str, ...]) -> type[nn.Module]:
         "__doc__": attention.__doc__,
         "_original": attention,
         "_layout": layout,
+        "_joined": joined,
+        "_rope": staticmethod(functools.partial(function.__globals__[rope], **options)),
         "forward": forward,
         "qk_norm_rope": qk_norm_rope,
         "_get_name": lambda self: f"Fused{attention.__name__}",
@@ -136,13 +153,12 @@ def _new(attention: Any, norms: tuple[str, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _rewrite(function: ast.FunctionDef, norms: frozenset[str]) -> Layout:
-    """Rewrite the forward in place; how q and k come to the new call."""
+def _rewrite(function: ast.FunctionDef, norms: frozenset[str]) -> tuple[Layout, str, dict[str, Any]]:
+    """Rewrite the forward in place; how q and k come to the new call, and what RoPE was called, with which keywords."""
     for argument in (*function.args.args, *function.args.kwonlyargs, function.args.vararg, function.args.kwarg):
         if argument is not None:
             argument.annotation = None
     function.returns = None
-    _join_parts(function)
     rope = _the_rope(function)
     (q, k), call = _targets(rope), rope.value
     assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
@@ -160,7 +176,7 @@ def _rewrite(function: ast.FunctionDef, norms: frozenset[str]) -> Layout:
                 raise CannotRewireError("its RoPE stands in an if of an unknown shape")
             block.orelse = [ast.Assign([_pair(q, k, ast.Store())], _our_call(q, k, ast.Constant(None)))]
     _LeaveOut(norms).visit(function)
-    return layout
+    return layout, call.func.id, {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in call.keywords}
 
 
 def _flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -281,8 +297,8 @@ def _check_that_they_reach_the_kernel(function: ast.FunctionDef, q: str, k: str)
         raise CannotRewireError("what it turns is not what goes to its attention kernel")
 
 
-def _join_parts(function: ast.FunctionDef) -> None:
-    """Let RoPE have whole heads where the forward itself cuts off the dims that turn, as StableLM's does.
+def _join_parts(function: ast.FunctionDef) -> bool:
+    """Let RoPE have whole heads where the forward itself cuts off the dims that turn, as StableLM's does; True if so.
 
     It cuts with `part, rest = x[..., :n], x[..., n:]` and joins with `x = torch.cat((part, rest), dim=-1)`.
     """
@@ -291,17 +307,18 @@ def _join_parts(function: ast.FunctionDef) -> None:
     for part in _targets(rope) if isinstance(rope, ast.Assign) else ():
         cut = next((s for s in assigns if _targets(s)[:1] == (part,) and len(_targets(s)) == 2), None)
         if cut is None:
-            return
+            return False
         joined = f"torch.cat(({part}, {_targets(cut)[1]}), dim=-1)"
         join = next((s for s in assigns if ast.unparse(s.value) == joined), None)
         halves = cut.value.elts if isinstance(cut.value, ast.Tuple) else []
         cut_from = {ast.unparse(half.value) for half in halves if isinstance(half, ast.Subscript)}
         if join is None or len(halves) != 2 or cut_from != {ast.unparse(join.targets[0])}:
-            return
+            return False
         function.body = [s for s in function.body if s is not cut and s is not join]
         for node in ast.walk(rope) if rope is not None else ():
             if isinstance(node, ast.Name) and node.id == part:
                 node.id = ast.unparse(join.targets[0])
+    return isinstance(rope, ast.Assign)
 
 
 class _LeaveOut(ast.NodeTransformer):
