@@ -29,7 +29,7 @@ ARMS = {"Llama": None, "QK-norm, calibrated": True, "QK-norm, weights 1": False}
 class Args:
     """QK-norm added to a trained Llama."""
 
-    lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
+    lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
     """The learning rates to go on at."""
     seeds: int = 3
     """How many times all of it."""
@@ -37,8 +37,12 @@ class Args:
     """Steps before QK-norm is added, at lr 0.002."""
     steps: int = 200
     """Steps after."""
-    width: int = 128
+    warmup: int = 20
+    """Of those, with the learning rate rising; Adam's averages start afresh."""
+    width: int = 64
     """hidden_size; heads of 32 dims."""
+    context: int = 64
+    """Bytes in a sequence."""
     threads: int = 2
     """Threads of torch."""
     json: Path | None = None
@@ -50,9 +54,9 @@ class Args:
 def make(args: Args, seed: int) -> Any:
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        hidden_size=args.width, num_hidden_layers=4, num_attention_heads=args.width // 32,
+        hidden_size=args.width, num_hidden_layers=3, num_attention_heads=args.width // 32,
         num_key_value_heads=args.width // 32, intermediate_size=3 * args.width, vocab_size=256,
-        max_position_embeddings=128, tie_word_embeddings=False,
+        max_position_embeddings=args.context, tie_word_embeddings=False,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
@@ -84,8 +88,8 @@ def validate(model: Any, batches: list[Any]) -> float:
 
 
 def one_seed(args: Args, seed: int, corpus: Any) -> dict[str, Any]:
-    batches = Batches(corpus.train, context=128, batch_size=16, seed=seed)
-    held_out = val_batches(corpus.val, context=128, batch_size=16, num_sequences=64)
+    batches = Batches(corpus.train, context=args.context, batch_size=16, seed=seed)
+    held_out = val_batches(corpus.val, context=args.context, batch_size=16, num_sequences=128)
     trained = make(args, seed)
     train(trained, batches, 0, args.pretrain, 0.002, 20)
     result: dict[str, Any] = {"start": {}, "runs": {}}
@@ -97,7 +101,7 @@ def one_seed(args: Args, seed: int, corpus: Any) -> dict[str, Any]:
         result["start"][arm] = validate(model, held_out)
         for lr in args.lrs:
             going_on = copy.deepcopy(model)
-            losses = train(going_on, batches, args.pretrain, args.steps, lr, 1)
+            losses = train(going_on, batches, args.pretrain, args.steps, lr, args.warmup)
             # the largest rise above the lowest loss seen before, over means of five steps
             smooth = [statistics.fmean(losses[i : i + 5]) for i in range(len(losses) - 4)]
             rise = max(x - min(smooth[: i + 1]) for i, x in enumerate(smooth))
