@@ -1,0 +1,234 @@
+"""What the ranks of a test do: started by torchrun, they run many checks in one process group and write the numbers.
+
+torchrun --nproc-per-node N worker.py FOLDER
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+import torch.distributed as dist
+from mutations import MUTATIONS, applied
+from torch.distributed.tensor import distribute_tensor
+from traffic import counted
+
+from nsphere.collectives import local, split_axes
+from nsphere.hypersphere import assert_on_hypersphere, max_norm_deviation, project_what_is_off_, sphere_matrices
+from nsphere.train.config import resolve
+from nsphere.train.data import load_corpus
+from nsphere.train.distributed import Layout, World, start
+from nsphere.train.model_state import canonical_name
+from nsphere.train.trainer import Trainer
+
+STEPS = 20
+FULL = "gpt-qknorm:qk_norm_over=full"
+SHAPE: dict[str, Any] = {"d_model": 32, "num_heads": 4, "d_mlp": 64, "batch_size": 8, "steps": STEPS}
+
+
+class Job:
+    """The checks' surroundings: data, and the runs of one process that others are held against."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with World(Layout(), torch.device("cpu")).main_first():
+            self.corpus = load_corpus(tiny.text_file(folder), cache_dir=None)
+        self.references: dict[str, Any] = {}
+
+    def trainer(self, arm: str, world: World | None = None, compile: bool = False, **shape: Any) -> Trainer:
+        config = resolve(arm, tiny.config(**{**SHAPE, **shape}))
+        return Trainer(arm, config, tiny.options(micro_batch_size=2, compile=compile), self.corpus, world)
+
+    def run(self, arm: str, world: World | None = None, steps: int = STEPS, **shape: Any) -> dict[str, Any]:
+        trainer = self.trainer(arm, world, **shape)
+        done = [trainer.step() for _ in range(steps)]
+        return {
+            "losses": [r.loss for r in done],
+            "grad_norms": [r.grad_norm for r in done],
+            "val_loss": trainer.evaluate(),
+            "weights": whole_weights(trainer),
+        }
+
+    def against_one(self, arm: str, world: World, steps: int = STEPS, **shape: Any) -> dict[str, float]:
+        """How far a layout's numbers are from those of one process, relative to those."""
+        many = self.run(arm, world, steps, **shape)
+        key = json.dumps([arm, steps, shape])
+        if key not in self.references:  # on every rank: what a rank does alone, all can do
+            self.references[key] = self.run(arm, None, steps, **shape)
+        one = self.references[key]
+        return {
+            "loss": max(abs(a - b) / b for a, b in zip(many["losses"], one["losses"], strict=True)),
+            "grad_norm": max(abs(a - b) / b for a, b in zip(many["grad_norms"], one["grad_norms"], strict=True)),
+            "val_loss": abs(many["val_loss"] - one["val_loss"]) / one["val_loss"],
+            "weights": max(
+                ((many["weights"][name] - w).norm() / w.norm()).item() for name, w in one["weights"].items()
+            ),
+        }
+
+
+def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    parameters = {canonical_name(name): p.detach() for name, p in trainer.model.named_parameters()}
+    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for n, p in parameters.items()}
+
+
+@contextmanager
+def world_of(**layout: Any) -> Iterator[World]:
+    with start(Layout(**layout, timeout=120), "cpu") as world:
+        yield world
+
+
+def same_twice(job: Job, arm: str, world: World) -> bool:
+    first, second = job.run(arm, world, 4), job.run(arm, world, 4)
+    weights = all(torch.equal(w, second["weights"][name]) for name, w in first["weights"].items())
+    return weights and all(first[k] == second[k] for k in ("losses", "grad_norms", "val_loss"))
+
+
+def on_the_sphere(job: Job, world: World, **shape: Any) -> dict[str, Any]:
+    """Deviations after training; a planted one is found by all ranks and repaired, and nothing else is touched."""
+    trainer = job.trainer("ngpt", world, **shape)
+    trainer.step()
+    model = trainer.model
+    trained = max_norm_deviation(model)
+    assert trained is not None
+    found = {"trained": trained.value}
+    for name, row in (("blocks.1.attn.W_o.weight", 5), ("blocks.0.mlp.W_down.weight", 30), ("embed.weight", 70)):
+        matrix = {m.name: m for m in sphere_matrices(model)}[name]
+        plant(matrix.weight, matrix.dim, row)
+        worst = max_norm_deviation(model)
+        assert worst is not None
+        found[name] = [worst.name, worst.row, worst.value]
+        try:
+            assert_on_hypersphere(model)
+            found[name].append("passed")
+        except AssertionError as error:
+            found[name].append(str(error))
+        before = {m.name: local(m.weight).clone() for m in sphere_matrices(model)}
+        project_what_is_off_(model)
+        changed = sorted(m.name for m in sphere_matrices(model) if not torch.equal(local(m.weight), before[m.name]))
+        found[name].append(max(t.value if (t := max_norm_deviation(model)) else 1.0, 0.0))
+        found[name].append(sorted(set(",".join(world.gather_texts(",".join(changed))).split(",")) - {""}))
+    return found
+
+
+def plant(weight: Any, dim: int, row: int) -> None:
+    """Make vector `row` of a matrix 1.5 times as long, whichever ranks hold it."""
+    if not hasattr(weight, "full_tensor"):
+        with torch.no_grad():
+            weight.select(1 - dim, row).mul_(1.5)
+        return
+    factors = torch.ones(weight.shape[1 - dim])
+    factors[row] = 1.5
+    whole = weight.detach().full_tensor() * factors.unsqueeze(dim)
+    # this rank's part of the new matrix, by the same cuts as the parameter's
+    part = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
+    with torch.no_grad():
+        weight.to_local().copy_(part.to_local())
+
+
+def sent(job: Job, arm: str, world: World, **shape: Any) -> dict[str, Any]:
+    """Collectives and bytes of the second step."""
+    trainer = job.trainer(arm, world, batch_size=2 * world.dp, **shape)
+    trainer.step()
+    with counted() as traffic:
+        trainer.step()
+    split = sum(bool(split_axes(m.weight, m.dim)) for m in sphere_matrices(trainer.model))
+    return {"calls": dict(traffic.calls), "bytes": dict(traffic.bytes), "split_matrices": split}
+
+
+def refusal(make: Callable[[], Any]) -> str:
+    try:
+        make()
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def two_ranks(job: Job) -> dict[str, Any]:
+    found: dict[str, Any] = {"parity": {}, "same_twice": {}, "mutations": {}, "sent": {}, "refused": {}}
+    with world_of(dp_shard=2) as fsdp, world_of(tp=2) as tp, world_of(dp_replicate=2) as ddp:
+        for arm in ("ngpt", "gpt", FULL):
+            found["parity"][f"{arm} fsdp"] = job.against_one(arm, fsdp)
+            found["parity"][f"{arm} tp"] = job.against_one(arm, tp)
+        found["parity"]["ngpt replicated"] = job.against_one("ngpt", ddp)
+        for arm in ("ngpt", "gpt-qknorm", FULL):
+            found["parity"][f"{arm} multi-query tp"] = job.against_one(arm, tp, 6, num_kv_heads=1)
+        # 33 columns of W_down are not shared evenly by two: the projection then needs its all-reduce
+        found["parity"]["ngpt odd fsdp"] = job.against_one("ngpt", fsdp, 6, d_mlp=33)
+        found["parity"]["gpt-tied fsdp"] = job.against_one("gpt-tied", fsdp, 6)
+        for arm in ("ngpt-forward", "ngpt-scalar-suv", "ngpt:convention=nvidia"):
+            found["parity"][f"{arm} tp"] = job.against_one(arm, tp, 3)
+        found["bf16"] = {
+            "fsdp": job.against_one("ngpt", fsdp, 3, dtype="bfloat16"),
+            "tp": job.against_one("ngpt", tp, 3, dtype="bfloat16"),
+        }
+        with world_of(tp=2, activation_checkpointing=True) as ac:
+            found["parity"]["ngpt checkpointed tp"] = job.against_one("ngpt", ac, 6)
+        for name, world in (("fsdp", fsdp), ("tp", tp)):
+            found["same_twice"][name] = same_twice(job, "ngpt", world)
+        worlds = {"fsdp": fsdp, "tp": tp}
+        for name, mutation in MUTATIONS.items():
+            world = worlds[mutation.layout]
+            sound = job.against_one(mutation.arm, world, 2, **mutation.shape)
+            with applied(mutation):
+                broken = job.against_one(mutation.arm, world, 2, **mutation.shape)
+            found["mutations"][name] = {"sound": sound, "broken": broken}
+        found["sphere fsdp"] = on_the_sphere(job, fsdp, d_mlp=33)
+        for arm in ("gpt", "ngpt"):
+            found["sent"][f"{arm} fsdp"] = sent(job, arm, fsdp)
+            found["sent"][f"{arm} tp"] = sent(job, arm, tp)
+        found["sent"]["ngpt odd fsdp"] = sent(job, "ngpt", fsdp, d_mlp=33)
+        found["refused"] = {
+            "heads": refusal(lambda: job.trainer("gpt", tp, num_heads=1)),
+            "batch": refusal(lambda: job.trainer("gpt", fsdp, batch_size=6)),
+            "d_mlp": refusal(lambda: job.trainer("gpt", tp, d_mlp=33)),
+            "context": refusal(lambda: job.trainer("gpt", tp, context=15)),
+            "muon": refusal(lambda: job.trainer("gpt-muon", fsdp)),
+            "tied": refusal(lambda: job.trainer("gpt-tied", tp)),
+            "size": refusal(lambda: start(Layout(tp=3), "cpu").__enter__()),
+        }
+    return found
+
+
+def four_ranks(job: Job) -> dict[str, Any]:
+    found: dict[str, Any] = {"parity": {}, "same_twice": {}, "sent": {}}
+    with (
+        world_of() as fsdp,
+        world_of(dp_replicate=2) as hsdp,
+        world_of(tp=2) as fsdp_tp,
+        world_of(dp_replicate=2, tp=2) as ddp_tp,
+        world_of(tp=4) as tp,
+    ):
+        for arm, steps in (("ngpt", STEPS), ("gpt", STEPS), (FULL, 6)):
+            for name, world in (("fsdp 4", fsdp), ("hsdp 2x2", hsdp), ("fsdp 2 x tp 2", fsdp_tp)):
+                found["parity"][f"{arm} {name}"] = job.against_one(arm, world, steps)
+        found["parity"][f"{FULL} two key heads, tp 4"] = job.against_one(FULL, tp, 2, num_kv_heads=2)
+        found["parity"]["ngpt replicated 2 x tp 2"] = job.against_one("ngpt", ddp_tp, 3)
+        found["parity"]["ngpt multi-query fsdp 2 x tp 2"] = job.against_one("ngpt", fsdp_tp, 3, num_kv_heads=1)
+        found["same_twice"]["fsdp 2 x tp 2"] = same_twice(job, "ngpt", fsdp_tp)
+        found["same_twice"]["hsdp 2x2"] = same_twice(job, "ngpt", hsdp)
+        found["sphere fsdp 2 x tp 2"] = on_the_sphere(job, fsdp_tp)
+        for arm in ("gpt", "ngpt"):
+            found["sent"][f"{arm} fsdp 4"] = sent(job, arm, fsdp)
+            found["sent"][f"{arm} fsdp 2 x tp 2"] = sent(job, arm, fsdp_tp)
+    return found
+
+
+def compiled(job: Job) -> dict[str, Any]:
+    """Two ranks, one layer, compiled as torchrun would start it."""
+    shape = {"num_layers": 1, "compile": True}
+    with world_of(dp_shard=2) as fsdp, world_of(tp=2) as tp:
+        return {"fsdp": job.against_one("ngpt", fsdp, 2, **shape), "tp": job.against_one("ngpt", tp, 2, **shape)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    job = Job(Path(sys.argv[1]))
+    numbers = {"two_ranks": two_ranks, "four_ranks": four_ranks, "compiled": compiled}[sys.argv[2]](job)
+    if dist.get_rank() == 0:
+        (job.folder / f"{sys.argv[2]}.json").write_text(json.dumps(numbers, indent=1))
+    dist.destroy_process_group()
