@@ -69,11 +69,10 @@ def scale_heads_(rows: HeadRows, factors: Tensor) -> None:
 class QKClip:
     """Kimi K2's QK-clip (MuonClip) for a model, with any optimizer: call it after `optimizer.step()`.
 
-        clip = QKClip(model, threshold=100.0)
-        for batch in batches:
-            loss(batch).backward()
-            optimizer.step()
-            clip()
+    >>> clip = QKClip(model, threshold=100.0)
+    >>> loss.backward()
+    >>> optimizer.step()
+    >>> gammas = clip()
 
     From its construction on, the model's attentions note the largest logit of every head in the forward passes of
     training (accumulated micro-batches included), without a second pass: eager attention reads it off the logits,

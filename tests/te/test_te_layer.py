@@ -222,6 +222,19 @@ def test_meta_device_and_reset():
     assert torch.isfinite(module(torch.randn(3, 1, 16))).all()
 
 
+@pytest.mark.parametrize(
+    "style", [{}, {"fuse_qkv_params": True, "num_gqa_groups": 1}, {"self_attn_mask_type": "padding"}]
+)
+def test_it_is_one_graph(style):
+    module = layer(qk_norm_type="RMSNorm", **style)
+    x, rotary = torch.randn(5, 2, HIDDEN, dtype=torch.float64), te.RotaryPositionEmbedding(4)(5).cpu()
+    kwargs = {"rotary_pos_emb": rotary}
+    if "self_attn_mask_type" in style:
+        kwargs["attention_mask"] = (torch.arange(5) > 3).expand(2, 1, 1, 5)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, **kwargs), module(x, **kwargs))
+
+
 # The keys below are what Transformer Engine 2.20 gives: read from its code, see docs/transformer-engine.md.
 def keys(*names):
     return sorted(names)

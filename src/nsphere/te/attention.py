@@ -144,7 +144,17 @@ class DotProductAttention(TEModule):
         Returns:
             [T, B, H·D], [B, T, H·D] or [N, H·D]; 0 for queries that see no key. With return_max_logit, also fp32 [H].
         """
-        refuse_unsupported("DotProductAttention", locals())
+        refuse_unsupported(
+            "DotProductAttention",
+            {
+                "softcap": softcap,
+                "core_attention_bias_type": core_attention_bias_type,
+                "core_attention_bias": core_attention_bias,
+                "alibi_slopes": alibi_slopes,
+                "inference_params": inference_params,
+                "fp8_output": fp8_output,
+            },
+        )
         layout = self.qkv_format if qkv_format is None else qkv_format
         choice("DotProductAttention", "qkv_format", layout, FORMATS)
         kind = self.attn_mask_type if attn_mask_type is None else mask_type(attn_mask_type)

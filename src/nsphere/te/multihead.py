@@ -303,7 +303,18 @@ class MultiheadAttention(nn.Module):
         Returns:
             As hidden_states; with return_bias also the bias, with return_layernorm_output also the normed input.
         """
-        refuse_unsupported("MultiheadAttention", locals())
+        refuse_unsupported(
+            "MultiheadAttention",
+            {
+                "inference_params": inference_params,
+                "core_attention_bias_type": core_attention_bias_type,
+                "core_attention_bias": core_attention_bias,
+                "alibi_slopes": alibi_slopes,
+                "thd_attention_policies": thd_attention_policies,
+                "thd_attention_policy_dispatch": thd_attention_policy_dispatch,
+                "softcap": softcap,
+            },
+        )
         q, k, v, normed = self._qkv(hidden_states, encoder_output)
         cu_seqlens_kv = cu_seqlens_q if cu_seqlens_kv is None else cu_seqlens_kv
         cu_seqlens_kv_padded = cu_seqlens_q_padded if cu_seqlens_kv_padded is None else cu_seqlens_kv_padded

@@ -231,7 +231,18 @@ class TransformerLayer(nn.Module):
 
         Arguments as in `MultiheadAttention.forward`; those with enc_dec, and cu_seqlens_kv, are the cross-attention's.
         """
-        refuse_unsupported("TransformerLayer", locals())
+        refuse_unsupported(
+            "TransformerLayer",
+            {
+                "inference_params": inference_params,
+                "core_attention_bias_type": core_attention_bias_type,
+                "core_attention_bias": core_attention_bias,
+                "alibi_slopes": alibi_slopes,
+                "thd_attention_policies": thd_attention_policies,
+                "thd_attention_policy_dispatch": thd_attention_policy_dispatch,
+                "softcap": softcap,
+            },
+        )
         if (encoder_output is not None) != (self.layer_type == "decoder"):
             raise ValueError(
                 "layer_type='decoder' takes encoder_output"
