@@ -4,7 +4,7 @@ Shape legend: B batch, T queries, S keys, H query heads, K key heads, D head_dim
 """
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -246,18 +246,21 @@ class MultiheadAttention(nn.Module):
         scale = own_scale if softmax_scale is None else softmax_scale
         if scale is not None:
             self.core_attention.softmax_scale = scale
-        # a sibling for every width of rotary table; they share their norms. Not registered: the norms are
-        self._siblings: dict[int | None, list[QKNorm]] = {None: [own]}
+        own.layout = self.qkv_format  # type: ignore[assignment]
+        # in a tuple, because norms and multipliers are registered already; the sibling shares the dicts that hold them
+        self._qk_norms = (own, copy.copy(own))
+        pairs: Literal["half", "interleaved"] = "interleaved" if self.rotary_pos_interleaved else "half"
+        self._ropes = {width: RopeSpec(width, layout=pairs) for width in range(2, head_dim + 1, 2)}
 
     def _qk_norm_for(self, rotated: int | None) -> QKNorm:
-        """The QKNorm that turns that many dims."""
-        if rotated not in self._siblings:
-            sibling = copy.copy(self._siblings[None][0])  # shares the dicts that hold norms and multipliers
-            sibling.rope = RopeSpec(rotated, layout="interleaved" if self.rotary_pos_interleaved else "half")  # type: ignore[arg-type]
-            self._siblings[rotated] = [sibling]
-        chosen = self._siblings[rotated][0]
-        chosen.layout = "thd" if self.qkv_format == "thd" else "sbhd" if self.qkv_format == "sbhd" else "bshd"
-        if "qk_norm" not in self._modules:  # norms may have been replaced by others
+        """The QKNorm as it was built, or one that turns that many dims."""
+        own, turning = self._qk_norms
+        chosen = own if rotated is None else turning
+        if rotated is not None:
+            turning.rope = self._ropes[rotated]
+        if "qk_norm" not in self._modules and (
+            chosen.q_norm is not self.q_norm or chosen.k_norm is not self.k_norm
+        ):  # replaced by others
             chosen.q_norm, chosen.k_norm = self.q_norm, self.k_norm
         return chosen
 
@@ -393,7 +396,7 @@ class MultiheadAttention(nn.Module):
         rotary: Tensor | tuple[Tensor, Tensor] | None,
         starts: tuple[Tensor | None, Tensor | None],
     ) -> tuple[Tensor, Tensor]:
-        own = self._siblings[None][0]
+        own = self._qk_norms[0]
         if rotary is None:
             if own.rope is not None:
                 raise ValueError("this attention's QKNorm was built with RoPE: pass rotary_pos_emb")
