@@ -196,8 +196,6 @@ class QKNorm(nn.Module):
             )
         if backend is not None:
             backends.check_name(backend)
-        if backend == "triton":
-            raise RuntimeError("the backend 'triton' was asked for and cannot run: this op has no Triton kernel")
         for name, factor in (("multiplier", multiplier), ("k_multiplier", k_multiplier)):
             if not (factor is None or _is_number(factor) or isinstance(factor, Tensor) or callable(factor)):
                 raise TypeError(

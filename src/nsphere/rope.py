@@ -107,7 +107,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, *, inverse: bool
     if spec.dim > x.shape[-1]:
         raise ValueError(f"RopeSpec.dim={spec.dim}, but x has {x.shape[-1]} dims per head; rotate at most those")
     compute = x.dtype if spec.compute_dtype == "input" else torch.promote_types(x.dtype, spec.compute_dtype)
-    cos, sin = (_table(t, spec, x.dtype).to(compute) for t in (cos, sin))
+    cos, sin = (pair_table(t, spec, x.dtype).to(compute) for t in (cos, sin))
     if (spec.sign < 0) != inverse:
         sin = -sin
     x = x.to(compute)
@@ -121,7 +121,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, *, inverse: bool
     return torch.cat((_rotate_pairs(turned, cos, sin, spec, inverse), still), -1)
 
 
-def _table(table: Tensor, spec: RopeSpec, input_dtype: torch.dtype) -> Tensor:
+def pair_table(table: Tensor, spec: RopeSpec, input_dtype: torch.dtype) -> Tensor:
     """The table as [..., 1 or H, R/2], rounded as the spec asks."""
     if table.shape[-1] == spec.dim:  # every angle stands twice
         if spec.twice == "pairs" or (spec.twice is None and spec.layout == "interleaved"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,18 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         """Call the kernel, on the device of its tensors."""
-        device = next(a.device for a in self.arguments.values() if isinstance(a, Tensor))
+        device = next(t.device for t in _tensors(self.arguments.values()))
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, enable_fp_fusion=True)
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among the arguments, and in tuples of them."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
 
 
 @functools.cache

@@ -57,10 +57,14 @@ def norm_rope(x: Tensor, spec: SideSpec, tensors: SideTensors, *, backend: str |
 def _run(
     sides: tuple[Tensor, ...], specs: tuple[SideSpec, ...], values: tuple[SideTensors, ...], backend: str | None
 ) -> Any:
-    if backend is not None:
-        backends.check_name(backend)
-    if backend == "triton":
-        raise RuntimeError("the backend 'triton' was asked for and cannot run: this op has no Triton kernel")
+    if backends.choose_for(sides[0].device.type, backend) == "triton":
+        from nsphere.ops.qk_norm_rope import triton
+
+        reason = triton.why_not(sides, specs, values)
+        if reason is None:
+            return triton.run(sides, specs, values)
+        backends.refuse_or_log(backend, "triton", f"qk_norm_rope: {reason}")
+        backend = "compiled" if backends.why_not("compiled", sides[0].device.type) is None else "reference"
     reason = _plain(sides, specs, values)
     if reason is not None and backend == "compiled" and reason != _TRACED:
         raise RuntimeError(f"the backend 'compiled' was asked for and cannot run: {reason}")
