@@ -21,8 +21,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from nsphere.norms import NormSpec
 from nsphere.ops.launch import Launch
 from nsphere.ops.normalized_update import triton as update_kernels
+from nsphere.ops.qk_norm_rope import SideSpec, SideTensors
+from nsphere.ops.qk_norm_rope import triton as qk_kernels
+from nsphere.rope import RopeSpec
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -46,20 +50,26 @@ class Case(NamedTuple):
 
 def compile_for(launch: Launch, arch: int) -> dict[str, int]:
     """Registers, and bytes of shared, stack and local memory, of the kernel as this launch specialises it."""
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(ordered(launch)):
-        divisible = isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
-        if launch.kernel.params[i].is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+
+    def kind(path: tuple[int, ...], value: Any, fixed: bool) -> Any:
+        """The argument's type in the signature, as the launcher would specialise it."""
+        if isinstance(value, tuple) and not fixed:
+            return type(value)._make(kind((*path, i), v, False) for i, v in enumerate(value))  # type: ignore[attr-defined]
+        if fixed or value is None or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, Tensor):
-            signature[name] = POINTERS[value.dtype]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            return POINTERS[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    parameters = launch.kernel.params
+    signature = {n: kind((i,), v, parameters[i].is_constexpr) for i, (n, v) in enumerate(ordered(launch))}
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -108,23 +118,89 @@ def update_cases(tokens: int = 8192) -> Iterator[Case]:
             yield Case(f"normalized_update backward, {name}", launch, least + 2 * num_bytes(partial), least)
 
 
+def qk_tensors(spec: SideSpec, head_dim: int, heads: int, tokens: int, learned_scale: bool) -> SideTensors:
+    """Weights in fp32, tables in fp32, and s_qk where asked."""
+    fp32 = torch.float32
+    shapes = {"shared": (head_dim,), "per_head": (heads, head_dim), "full": (heads * head_dim,)}
+    shape = None if spec.norm is None else shapes.get(spec.norm.weight)
+    weight = None if shape is None else on_meta(*shape, dtype=fp32)
+    bias = weight if spec.norm is not None and spec.norm.bias else None
+    cos = None if spec.rope is None else on_meta(tokens, 1, spec.rope.dim // 2, dtype=fp32)
+    return SideTensors(weight, bias, cos, cos, on_meta(heads, head_dim, dtype=fp32) if learned_scale else None)
+
+
+def qk_case(
+    name: str, spec: SideSpec, head_dim: int, dtype: torch.dtype, learned_scale: bool = False, tokens: int = 8192
+) -> Iterator[Case]:
+    """Forward and backward at 32 query and 8 key heads; the least bytes count what the backward keeps as well."""
+    num_heads = (32, 8)
+    xs, ys, grads, dxs = ([on_meta(1, tokens, h, head_dim, dtype=dtype) for h in num_heads] for _ in range(4))
+    values = [qk_tensors(spec, head_dim, h, tokens, learned_scale and h == 32) for h in num_heads]
+    inverses = [qk_kernels._inverse_like(x, spec) if spec.norm else None for x in xs]
+    flat = tuple(getattr(t, f) for t in values for f in ("weight", "bias", "cos", "sin", "multiplier"))
+    plan = qk_kernels.encode((spec, spec))
+    sides, blocks = qk_kernels._sides(xs, plan, flat, (1.0, 1.0), [False] * 6)
+    tables = num_bytes(values[0].cos, values[0].sin)
+    parameters = num_bytes(*(w for t in values for w in (t.weight, t.bias, t.multiplier)))
+    least = num_bytes(*xs, *ys, *inverses) + tables + parameters
+    yield Case(
+        f"qk_norm_rope forward, {name}", qk_kernels.forward_launch(xs, ys, inverses, sides, blocks), least, least
+    )
+    wanted = [w is not None for t in values for w in (t.weight, t.bias, t.multiplier)]
+    sides, blocks = qk_kernels._sides(xs, plan, flat, (1.0, 1.0), wanted)
+    grid = (-(-4 * 132 // blocks), blocks)
+    sums = [qk_kernels._empty_sums(side, grid, x) for side, x in zip(sides, xs, strict=True)]
+    saved = [None if spec.norm is None and t.multiplier is None else x for x, t in zip(xs, values, strict=True)]
+    launch = qk_kernels.backward_launch(grads, saved, dxs, inverses, sums, sides, grid)
+    least = num_bytes(*grads, *saved, *dxs, *inverses) + tables + 2 * parameters
+    moved = least + 2 * num_bytes(*(rows for of_side in sums for rows in of_side))
+    yield Case(f"qk_norm_rope backward, {name}", launch, moved, least)
+
+
+def qk_cases() -> Iterator[Case]:
+    """What the published families and nGPT use."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for head_dim in (64, 128):
+        half, interleaved = RopeSpec(head_dim), RopeSpec(head_dim, layout="interleaved")
+        partial = RopeSpec(head_dim // 2)
+        rms, bare = NormSpec("rms", 1e-6, weight="shared"), NormSpec("rms", 1e-6)
+        unit = NormSpec("l2", 0.0)
+        layer = NormSpec("layer", 1e-5, weight="per_head")
+        full = NormSpec("rms", 1e-6, weight="full")
+        for name, spec, dtype, scale in (
+            ("rms [D], half", SideSpec(rms, half), bf16, False),
+            ("rms [D], half, fp32", SideSpec(rms, half), fp32, False),
+            ("rms [D], interleaved", SideSpec(rms, interleaved), bf16, False),
+            ("rms [D], half of D", SideSpec(rms, partial), bf16, False),
+            ("rms bare, half", SideSpec(bare, half), bf16, False),
+            ("rms bare after half", SideSpec(bare, half, norm_first=False), bf16, False),
+            ("nGPT: l2 after half, s_qk", SideSpec(unit, half, norm_first=False), bf16, True),
+            ("layer [H, D], interleaved", SideSpec(layer, interleaved), bf16, False),
+            ("rms [H·D] over all heads, half", SideSpec(full, half, over="full"), bf16, False),
+            ("rope alone, half", SideSpec(None, half), bf16, False),
+        ):
+            yield from qk_case(f"D {head_dim}, {name}", spec, head_dim, dtype, scale)
+
+
 def cases() -> list[Case]:
-    return [*update_cases()]
+    return [*update_cases(), *qk_cases()]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities, 90 for sm_90")
     parser.add_argument("--short", action="store_true", help="one case of each kernel, for sm_90 alone")
+    parser.add_argument("--only", default="", help="the cases whose name has this in it")
     parser.add_argument("--json", type=Path, help="where to write the table")
     args = parser.parse_args()
     import harness
 
-    chosen, archs = cases(), [90] if args.short else args.arch
+    chosen, archs = [c for c in cases() if args.only in c.name], [90] if args.short else args.arch
     if args.short:
-        chosen = list({case.launch.kernel.__name__ + case.name.split()[0]: case for case in chosen}.values())
+        chosen = list({case.name.partition(",")[0]: case for case in chosen}.values())
     results, rows, spilled = [], [], []
     for case in chosen:
+        print(f"\r{case.name}".ljust(100), end="", file=sys.stderr, flush=True)
         found = {f"sm_{arch}": compile_for(case.launch, arch) for arch in archs}
         bad = [f"{case.name} on {arch}: {use}" for arch, use in found.items() if use["stack"] or use["local"]]
         spilled += bad

@@ -264,7 +264,8 @@ def _load_weight(ptr, block, S: tl.constexpr):
         first = tl.load(base, mask=present, other=0.0).to(tl.float32)
         second = first
     else:
-        first, second = _load(base, present, S, S.weight_layout)
+        layout: tl.constexpr = S.weight_layout
+        first, second = _load(base, present, S, layout)
     return first, second
 
 
@@ -295,8 +296,9 @@ def _load_bias(s, block, S: tl.constexpr):
 def _load_multiplier(s, batch, token, block, S: tl.constexpr):
     """The multiplier's two tiles, of a tensor broadcast to [B, T, H, D] by its strides."""
     if S.has_multiplier:
+        layout: tl.constexpr = S.layout_out
         base = s.multiplier + batch * s.multiplier_batch + token * s.multiplier_token
-        first_dim, second_dim = _dims(S, S.layout_out)
+        first_dim, second_dim = _dims(S, layout)
         present = _pairs(S) < S.half
         if S.multiplier_per_head:
             head = (_groups(block, S) * S.heads + _heads(S)).to(tl.int64)
@@ -393,9 +395,11 @@ def _keep_inverse(inverse, s, token, block, S: tl.constexpr):
 @triton.jit
 def _forward_side(x, y, s, batch, token, row, block, f1, f2, b1, b2, m1, m2, S: tl.constexpr):
     """One token's heads of one side; f, b and m are the tiles of factor, bias and multiplier."""
+    layout_in: tl.constexpr = S.layout_in
+    layout_out: tl.constexpr = S.layout_out
     inside = _inside(block, S)
     cos, sin = _load_tables(s, batch, token, block, S)
-    first, second = _load(_rows(x, batch, token, block, S), inside, S, S.layout_in)
+    first, second = _load(_rows(x, batch, token, block, S), inside, S, layout_in)
     if S.norm_first:
         if S.norm != "none":
             first, second, inverse = _standardise(first, second, block, S)
@@ -411,7 +415,7 @@ def _forward_side(x, y, s, batch, token, row, block, f1, f2, b1, b2, m1, m2, S: 
     if S.multiplier_varies:
         m1, m2 = _load_multiplier(s, batch, token, block, S)
     first, second = first * m1 * s.constant, second * m2 * s.constant
-    _store(_rows(y, batch, token, block, S), first, second, inside, S, S.layout_out)
+    _store(_rows(y, batch, token, block, S), first, second, inside, S, layout_out)
 
 
 @triton.jit
@@ -432,25 +436,28 @@ def _taken(u1, u2, n1, n2, inverse, S: tl.constexpr):
 @triton.jit
 def _backward_side(grad, saved, dx, s, batch, token, row, block, f1, f2, b1, b2, m1, m2, S: tl.constexpr):
     """Writes dx of one token's heads; returns their part of the gradients of weight, bias and multiplier."""
+    layout_in: tl.constexpr = S.layout_in
+    layout_out: tl.constexpr = S.layout_out
+    saved_layout: tl.constexpr = S.saved_layout
     nothing = tl.zeros([1, 1, 1], tl.float32)
     dw1, dw2, db1, db2, dm1, dm2 = nothing, nothing, nothing, nothing, nothing, nothing
     inside = _inside(block, S)
     cos, sin = _load_tables(s, batch, token, block, S)
-    g1, g2 = _load(_rows(grad, batch, token, block, S), inside, S, S.layout_out)
+    g1, g2 = _load(_rows(grad, batch, token, block, S), inside, S, layout_out)
     g1, g2 = g1 * s.constant, g2 * s.constant
     if S.multiplier_varies:
         m1, m2 = _load_multiplier(s, batch, token, block, S)
     u1, u2 = g1 * m1, g2 * m2
     if S.norm == "none":
         if S.wants_multiplier:
-            x1, x2 = _load(_rows(saved, batch, token, block, S), inside, S, S.layout_in)
+            x1, x2 = _load(_rows(saved, batch, token, block, S), inside, S, layout_in)
             x1, x2 = _turn(x1, x2, cos, sin)
             dm1, dm2 = g1 * x1, g2 * x2
         d1, d2 = _turn(u1, u2, cos, -sin)
     else:
         group = _groups(block, S)
         inverse = tl.load(s.inverse + row * S.num_groups + group, mask=group < S.num_groups, other=0.0)
-        n1, n2 = _load(_rows(saved, batch, token, block, S), inside, S, S.saved_layout)
+        n1, n2 = _load(_rows(saved, batch, token, block, S), inside, S, saved_layout)
         if S.from_output:
             shrink = 1.0 / (s.constant * S.scale)
             n1, n2 = n1 * shrink, n2 * shrink
@@ -485,7 +492,7 @@ def _backward_side(grad, saved, dx, s, batch, token, row, block, f1, f2, b1, b2,
         d1, d2 = d1 * inverse, d2 * inverse
         if S.norm_last:
             d1, d2 = _turn(d1, d2, cos, -sin)
-    _store(_rows(dx, batch, token, block, S), d1, d2, inside, S, S.layout_in)
+    _store(_rows(dx, batch, token, block, S), d1, d2, inside, S, layout_in)
     return dw1, dw2, db1, db2, dm1, dm2
 
 
@@ -493,34 +500,48 @@ def _backward_side(grad, saved, dx, s, batch, token, row, block, f1, f2, b1, b2,
 def _no_sum(wanted: tl.constexpr, S: tl.constexpr):
     """The start of a sum over tokens: a tile, or a placeholder."""
     if wanted:
-        start = tl.zeros([S.tile_groups, S.tile_heads, S.tile_pairs], tl.float32)
+        start = tl.full([S.tile_groups, S.tile_heads, S.tile_pairs], 0.0, tl.float32)
     else:
         start = tl.zeros([1, 1, 1], tl.float32)
     return start
 
 
 @triton.jit
-def _leave(
-    ptr,
-    first,
-    second,
-    program,
-    block,
-    wanted: tl.constexpr,
-    per_group: tl.constexpr,
-    layout: tl.constexpr,
-    S: tl.constexpr,
-):
+def _no_sums(S: tl.constexpr):
+    """The starts of all sums: weight, bias and multiplier, first and second members."""
+    weight: tl.constexpr = S.wants_weight
+    bias: tl.constexpr = S.wants_bias
+    multiplier: tl.constexpr = S.wants_multiplier
+    w, a, m = _no_sum(weight, S), _no_sum(bias, S), _no_sum(multiplier, S)
+    return w, w, a, a, m, m
+
+
+@triton.jit
+def _leave(ptr, first, second, program, block, per_group: tl.constexpr, layout: tl.constexpr, S: tl.constexpr):
     """A program's sum goes into [programs, H, D], or, summed over its groups, into [programs · blocks, HEADS, D]."""
-    if wanted:
-        if per_group:
-            head = (_groups(block, S) * S.heads + _heads(S)).to(tl.int64)
-            rows = ptr + (program * S.num_groups * S.heads + head) * S.head_dim
-            _store(rows, first, second, _inside(block, S), S, layout)
-        else:
-            first, second = tl.sum(first, 0, keep_dims=True), tl.sum(second, 0, keep_dims=True)
-            row = (program * tl.num_programs(1) + block) * S.heads + _heads(S)
-            _store(ptr + row * S.head_dim, first, second, _heads(S) < S.heads, S, layout)
+    if per_group:
+        head = (_groups(block, S) * S.heads + _heads(S)).to(tl.int64)
+        rows = ptr + (program * S.num_groups * S.heads + head) * S.head_dim
+        _store(rows, first, second, _inside(block, S), S, layout)
+    else:
+        first, second = tl.sum(first, 0, keep_dims=True), tl.sum(second, 0, keep_dims=True)
+        row = (program * tl.num_programs(1) + block) * S.heads + _heads(S)
+        _store(ptr + row * S.head_dim, first, second, _heads(S) < S.heads, S, layout)
+
+
+@triton.jit
+def _leave_all(sums, w1, w2, a1, a2, m1, m2, program, block, S: tl.constexpr):
+    """Those of weight, bias and multiplier that are wanted."""
+    per_group: tl.constexpr = S.weight_per_group
+    layout: tl.constexpr = S.weight_layout
+    per_head: tl.constexpr = S.multiplier_per_head
+    layout_out: tl.constexpr = S.layout_out
+    if S.wants_weight:
+        _leave(sums.weight, w1, w2, program, block, per_group, layout, S)
+    if S.wants_bias:
+        _leave(sums.bias, a1, a2, program, block, per_group, layout, S)
+    if S.wants_multiplier:
+        _leave(sums.multiplier, m1, m2, program, block, per_head, layout_out, S)
 
 
 @triton.jit
@@ -565,16 +586,12 @@ def backward_kernel(
     qf1, qf2 = _load_factor(q, block, Q)
     qb1, qb2 = _load_bias(q, block, Q)
     qm1, qm2 = _load_multiplier(q, 0, 0, block, Q)
-    qw1, qw2 = _no_sum(Q.wants_weight, Q), _no_sum(Q.wants_weight, Q)
-    qa1, qa2 = _no_sum(Q.wants_bias, Q), _no_sum(Q.wants_bias, Q)
-    qs1, qs2 = _no_sum(Q.wants_multiplier, Q), _no_sum(Q.wants_multiplier, Q)
+    qw1, qw2, qa1, qa2, qs1, qs2 = _no_sums(Q)
     if K is not None:
         kf1, kf2 = _load_factor(k, block, K)
         kb1, kb2 = _load_bias(k, block, K)
         km1, km2 = _load_multiplier(k, 0, 0, block, K)
-        kw1, kw2 = _no_sum(K.wants_weight, K), _no_sum(K.wants_weight, K)
-        ka1, ka2 = _no_sum(K.wants_bias, K), _no_sum(K.wants_bias, K)
-        ks1, ks2 = _no_sum(K.wants_multiplier, K), _no_sum(K.wants_multiplier, K)
+        kw1, kw2, ka1, ka2, ks1, ks2 = _no_sums(K)
     for turn in range(tl.cdiv(num_tokens - first, step)):
         row = first + turn * step
         batch, token = row // length, row % length
@@ -587,10 +604,6 @@ def backward_kernel(
                 k_grad, k_saved, k_dx, k, batch, token, row, block, kf1, kf2, kb1, kb2, km1, km2, K
             )
             kw1, kw2, ka1, ka2, ks1, ks2 = kw1 + w1, kw2 + w2, ka1 + a1, ka2 + a2, ks1 + s1, ks2 + s2
-    _leave(q_sums.weight, qw1, qw2, first, block, Q.wants_weight, Q.weight_per_group, Q.weight_layout, Q)
-    _leave(q_sums.bias, qa1, qa2, first, block, Q.wants_bias, Q.weight_per_group, Q.weight_layout, Q)
-    _leave(q_sums.multiplier, qs1, qs2, first, block, Q.wants_multiplier, Q.multiplier_per_head, Q.layout_out, Q)
+    _leave_all(q_sums, qw1, qw2, qa1, qa2, qs1, qs2, first, block, Q)
     if K is not None:
-        _leave(k_sums.weight, kw1, kw2, first, block, K.wants_weight, K.weight_per_group, K.weight_layout, K)
-        _leave(k_sums.bias, ka1, ka2, first, block, K.wants_bias, K.weight_per_group, K.weight_layout, K)
-        _leave(k_sums.multiplier, ks1, ks2, first, block, K.wants_multiplier, K.multiplier_per_head, K.layout_out, K)
+        _leave_all(k_sums, kw1, kw2, ka1, ka2, ks1, ks2, first, block, K)
