@@ -3,9 +3,9 @@
 What the backward keeps is what `lean` keeps. The ops are opaque to the compiler, see `normalized_update.triton`.
 """
 
+import ast
 import dataclasses
 import functools
-import json
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from nsphere.rope import RopeSpec, pair_table
 # elements of one side that a program holds at once, unless one statistic spans more
 TILE = 4096
 MAX_WIDTH = 32768
-_FIELDS = ("weight", "bias", "cos", "sin", "multiplier")
+_NORM_FIELDS = tuple(field.name for field in dataclasses.fields(NormSpec))
+# the tables come rounded already, and the rotation is in fp32
+_ROPE_FIELDS = ("dim", "base", "layout", "where", "sign", "output", "twice", "blocks")
 
 
 def why_not(sides: tuple[Tensor, ...], specs: tuple[SideSpec, ...], values: tuple[SideTensors, ...]) -> str | None:
@@ -63,26 +65,31 @@ def _varies(multiplier: Tensor) -> bool:
     return any(n > 1 for n in multiplier.shape[:-2])
 
 
-@functools.lru_cache(256)
 def encode(specs: tuple[SideSpec, ...]) -> str:
-    """The specs as text, in which form an op of torch can take them. Tables come rounded already."""
-    specs = tuple(
-        dataclasses.replace(s, rope=s.rope and dataclasses.replace(s.rope, table_dtype=None, compute_dtype="input"))
+    """The specs as a Python literal, in which form an op of torch can take them; written so that it can be traced."""
+    sides = [
+        _literal([_fields(s.norm, _NORM_FIELDS), _fields(s.rope, _ROPE_FIELDS), repr(s.norm_first), repr(s.over)])
         for s in specs
-    )
-    return json.dumps([dataclasses.asdict(spec) for spec in specs])
+    ]
+    return _literal(sides)
 
 
-encode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _fields(spec: Any, names: tuple[str, ...]) -> str:
+    return "None" if spec is None else _literal([repr(getattr(spec, name)) for name in names])
+
+
+def _literal(values: list[str]) -> str:
+    return "[" + ", ".join(values) + "]"
 
 
 @functools.lru_cache(256)
 def decode(plan: str) -> tuple[SideSpec, ...]:
     """The inverse of `encode`."""
     specs = []
-    for fields in json.loads(plan):
-        norm, rope = fields.pop("norm"), fields.pop("rope")
-        specs.append(SideSpec(norm=norm and NormSpec(**norm), rope=rope and RopeSpec(**rope), **fields))
+    for norm, rope, norm_first, over in ast.literal_eval(plan):
+        norm_spec = None if norm is None else NormSpec(**dict(zip(_NORM_FIELDS, norm, strict=True)))
+        rope_spec = None if rope is None else RopeSpec(**dict(zip(_ROPE_FIELDS, rope, strict=True)))
+        specs.append(SideSpec(norm_spec, rope_spec, norm_first, over))
     return tuple(specs)
 
 

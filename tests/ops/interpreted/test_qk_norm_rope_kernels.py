@@ -1,0 +1,260 @@
+"""The kernels of norm + RoPE + multiplier in Triton's interpreter, against the formula written out in fp64."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops import test_qk_norm_rope as plain
+from ops.test_qk_norm_rope import HKV, ROPES, B, D, H, build, inputs, tables_for, truth
+from tolerances import error
+
+from nsphere.norms import NormSpec
+from nsphere.ops.qk_norm_rope import SideSpec, SideTensors, norm_rope, qk_norm_rope, triton
+from nsphere.qk_norm import LearnedMultiplier, QKNorm
+from nsphere.rope import RopeSpec
+
+FP32 = 3e-6
+
+
+def check(qk, q, k, grads, tables, allowed=FP32):
+    expected = truth(qk, q, k, tables, grads)
+    got = plain.gradients(qk, q, k, tables, grads, torch.float32, "triton")
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert error(a, b) <= allowed, f"output {i}: {error(a, b):.3g}"
+
+
+@pytest.mark.parametrize("rope", sorted(ROPES))
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_values_and_gradients(rope, place):
+    (q, k), grads = inputs()
+    turn = sorted(ROPES).index(rope) + (place == "after")
+    over, kind = ("head", "full", 16)[turn % 3], ("l2", "rms", "layer")[turn // 2 % 3]
+    check(
+        build(kind, over, place, ROPES[rope], eps=0.0 if kind == "l2" else 1e-3), q, k, grads, tables_for(ROPES[rope])
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(["l2", "rms", "layer"]),
+    over=st.sampled_from(["head", "full", 16]),
+    place=st.sampled_from(["before", "after"]),
+    rope=st.sampled_from(sorted(ROPES)),
+    weight=st.sampled_from(plain.WEIGHTS),
+    eps_place=st.sampled_from(["inside", "clamp", "added"]),
+    zero_centered=st.booleans(),
+    learned=st.sampled_from([None, (), (H, 1), (D,), (H, D)]),
+    seed=st.integers(0, 2**16),
+)
+def test_values_and_gradients_beyond_the_grid(kind, over, place, rope, weight, eps_place, zero_centered, learned, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, *grads = (torch.randn(B, 2, h, D, generator=generator) for h in (H, HKV, H, HKV))
+    bias = weight != "none" and seed % 2 == 0
+    multiplier = None if learned is None else LearnedMultiplier(learned, 1.3)
+    options = {"weight": weight, "bias": bias, "zero_centered": zero_centered, "eps_place": eps_place, "scale": 1.5}
+    if over == "full" and weight in ("per_head", "scalar_per_head", "full"):
+        options["weight"] = "shared"  # one row has no heads to tell apart
+    qk = build(kind, over, place, ROPES[rope], multiplier=multiplier, eps=1e-3, **options)
+    check(qk, q, k, grads, tables_for(ROPES[rope], 2))
+
+
+@pytest.mark.parametrize("eps_place", ["inside", "clamp", "added"])
+@pytest.mark.parametrize("weight", ["none", "shared"])
+def test_eps_places_where_they_differ_most(eps_place, weight):
+    (q, k), grads = inputs()
+    q[0, 0] *= 1e-3
+    check(
+        build("rms", "head", "before", ROPES["half"], eps=0.05, eps_place=eps_place, weight=weight),
+        q,
+        k,
+        grads,
+        tables_for(ROPES["half"]),
+    )
+
+
+@pytest.mark.parametrize("layout", ["bshd", "sbhd", "bhsd", "thd"])
+@pytest.mark.parametrize("pairs", ["half", "interleaved"])
+def test_layouts_and_views_of_a_packed_projection(layout, pairs):
+    """GQA, three heads to one, twelve dims: nothing a power of two; q and k are views that are read in place."""
+    head_dim, heads, kv_heads, length = 12, 3, 1, 3
+    rope = RopeSpec(head_dim, layout=pairs)
+    order = {"bshd": (2, length), "sbhd": (length, 2), "bhsd": (2, length), "thd": (length,)}[layout]
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(*order, (heads + 2 * kv_heads) * head_dim, generator=generator)
+
+    def parts(projected):
+        q, k, _ = projected.unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), -2)
+        return (q.transpose(1, 2), k.transpose(1, 2)) if layout == "bhsd" else (q, k)
+
+    qk = QKNorm("rms", head_dim=head_dim, num_heads=heads, num_kv_heads=kv_heads, rope=rope, layout=layout)
+    results = []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
+        qk, qk.backend = qk.to(dtype), backend
+        leaf = packed.to(dtype, copy=True).requires_grad_()
+        outputs = qk(*parts(leaf), rope=rope.tables(length))
+        grads = [torch.linspace(-1, 1, y.numel(), dtype=dtype).view(y.shape) for y in outputs]
+        torch.autograd.backward(outputs, grads)
+        results.append([*(y.detach() for y in outputs), leaf.grad, *(p.grad.clone() for p in qk.parameters())])
+        qk.zero_grad()
+    for a, b in zip(*results, strict=True):
+        assert error(a, b) <= FP32
+
+
+def test_the_inputs_are_not_copied(monkeypatch):
+    _, q, k = plain.packed()
+    places, launch = [], triton.forward_launch
+    monkeypatch.setattr(triton, "forward_launch", lambda xs, *rest: places.extend(xs) or launch(xs, *rest))
+    qk_norm_rope(q, k, *[SideSpec(NormSpec("rms", 1e-6), None)] * 2, *[SideTensors()] * 2, backend="triton")
+    assert [x.data_ptr() for x in places] == [q.data_ptr(), k.data_ptr()]
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_bf16_is_off_by_less_than_a_unit_in_the_last_place(place):
+    # the interpreter cuts off where a GPU rounds: one unit of error where that has half of one
+    (q, k), grads = inputs()
+    low = [t.bfloat16() for t in (q, k, *grads)]
+    qk = build("rms", "head", place, ROPES["half"])
+    expected = truth(qk, *low[:2], tables_for(qk.rope), low[2:])
+    got = plain.gradients(qk, *low[:2], tables_for(qk.rope), low[2:], torch.bfloat16, "triton")
+    assert [t.dtype for t in got[:4]] == [torch.bfloat16] * 4
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(
+            a.double(), b.double(), rtol=torch.finfo(a.dtype).eps, atol=4e-6 * b.abs().max().item()
+        )
+
+
+def test_what_a_weightless_side_keeps_is_its_output():
+    qk = build("l2", "head", "before", ROPES["half"])
+    qk.backend = "triton"
+    q, k = (torch.randn(B, 3, h, D).bfloat16().requires_grad_() for h in (H, HKV))
+    tables = tables_for(qk.rope)
+    saved = plain.saved_by(lambda: qk(q, k, rope=tables))
+    kept = plain.bytes_kept(saved, beside=tables)
+    assert kept == 4 * B * 3 * (H + HKV) + 2 * B * 3 * (H + HKV) * D  # 1/root in fp32, and the outputs
+    assert not any(t.data_ptr() in (q.data_ptr(), k.data_ptr()) for t in saved)
+
+
+def test_scaled_tables_are_undone_from_the_output():
+    (q, k), grads = inputs()
+    for place, layout in itertools.product(("before", "after"), ("half", "interleaved")):
+        rope = RopeSpec(D, layout=layout)
+        qk = build("l2", "head", place, rope)
+        check(qk, q, k, grads, tuple(1.3 * t for t in tables_for(rope)))
+
+
+def test_zero_rows_give_zero_and_get_zero():
+    for kind in ("l2", "layer"):
+        (q, k), grads = inputs()
+        q[0, 1] = 0
+        qk = build(kind, "head", "after", ROPES["half"], bias=False, eps=0.0)
+        got = plain.gradients(qk, q, k, tables_for(qk.rope), grads, torch.float32, "triton")
+        assert got[0][0, 1].abs().max() == 0 and got[2][0, 1].abs().max() == 0
+        assert all(torch.isfinite(g).all() for g in got)
+
+
+def test_ngpts_s_qk_may_be_zero():
+    (q, k), grads = inputs()
+    multiplier = LearnedMultiplier((H, D), 1.3)
+    qk = build("l2", "head", "after", ROPES["half"], multiplier=multiplier)
+    torch.nn.init.zeros_(qk.multiplier.weight[:2])
+    check(qk, q, k, grads, tables_for(qk.rope))
+    assert qk.multiplier.weight.grad[0].abs().min() > 0
+
+
+def test_rope_and_multiplier_without_a_norm():
+    (q, k), grads = inputs()
+    spec, rope = SideSpec(None, ROPES["leading"]), tables_for(ROPES["leading"])
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, torch.full((H, 1), 0.7))]
+        sides = (
+            SideTensors(cos=rope[0], sin=rope[1], multiplier=leaves[2], constant=2.0),
+            SideTensors(None, None, *rope),
+        )
+        outputs = qk_norm_rope(*leaves[:2], spec, spec, *sides, backend=backend)
+        torch.autograd.backward(outputs, [g.to(dtype) for g in grads])
+        results.append([*(y.detach() for y in outputs), *(t.grad for t in leaves)])
+    for a, b in zip(*results, strict=True):
+        assert error(a, b) <= FP32
+
+
+def test_one_side_alone_tables_per_head_and_factors_per_token():
+    (q, _), (grad, _) = inputs()
+    spec = SideSpec(NormSpec("rms", 1e-6, weight="per_head"), ROPES["half"])
+    tables = torch.rand(2, B, 3, H, D // 2)
+    factor, weight = torch.rand(B, 3, 1, 1) + 0.5, torch.rand(H, D)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        x, w = (t.to(dtype, copy=True).requires_grad_() for t in (q, weight))
+        y = norm_rope(x, spec, SideTensors(w, None, *tables, factor, -0.7), backend=backend)
+        y.backward(grad.to(dtype))
+        results.append([y.detach(), x.grad, w.grad])
+    for a, b in zip(*results, strict=True):
+        assert error(a, b) <= FP32
+
+
+def test_an_empty_batch_and_gradients_of_one_side():
+    qk = build("rms", "head", "before", ROPES["half"])
+    empty = [torch.zeros(0, 3, h, D) for h in (H, HKV)]
+    got = plain.gradients(qk, *empty, tables_for(qk.rope), empty, torch.float32, "triton")
+    assert got[0].shape == (0, 3, H, D) and got[2].shape == (0, 3, H, D)
+    assert all(g.abs().sum() == 0 for g in got[4:])
+    (q, k), _ = inputs()
+    q, k = q.requires_grad_(), k.requires_grad_()
+    qk.backend = "triton"
+    qk(q, k, rope=tables_for(qk.rope))[1].sum().backward()
+    assert k.grad.abs().sum() > 0 and q.grad.abs().sum() == 0
+
+
+def test_heads_beyond_2_to_the_31_elements():
+    pages = torch.UntypedStorage(2 * (2**31 + 16))
+    far = torch.tensor([], dtype=torch.bfloat16).set_(pages, 0, (1, 1, 2, 8), (0, 0, 2**31 + 8, 1))
+    far.copy_(torch.randn(1, 1, 2, 8))
+    spec = SideSpec(NormSpec("rms", 1e-6), None)
+    got, expected = (norm_rope(x, spec, SideTensors(), backend="triton") for x in (far, far.contiguous()))
+    assert torch.equal(got, expected)
+
+
+def test_sums_are_the_same_from_run_to_run():
+    (q, k), grads = inputs(t=9)
+    qk = build("rms", "head", "before", ROPES["half"])
+    runs = [plain.gradients(qk, q, k, tables_for(qk.rope, 9), grads, torch.float32, "triton") for _ in range(2)]
+    runs[0] = [t.clone() for t in runs[0]]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_registered_with_torch_library(monkeypatch):
+    monkeypatch.undo()  # opcheck makes tensors without values
+    (q, k), _ = inputs()
+    spec = SideSpec(NormSpec("rms", 1e-6, weight="shared"), ROPES["half"])
+    cos, sin = (t.unsqueeze(-2) for t in tables_for(ROPES["half"]))
+    weight = torch.rand(D, requires_grad=True)
+    arguments = (weight, None, cos, sin, None, None, None, cos, sin, None, 1.0, 1.0)
+    k_spec = SideSpec(NormSpec("l2", 0.0), ROPES["half"])
+    call = (q.requires_grad_(), k.requires_grad_(), *arguments, triton.encode((spec, k_spec)))
+    torch.library.opcheck(torch.ops.nsphere.qk_norm_rope.default, call)
+
+
+def test_one_graph_under_torch_compile():
+    (q, k), grads = inputs()
+    qk = build("rms", "head", "before", ROPES["half"], multiplier=LearnedMultiplier((H, D), 1.3))
+    eager = plain.gradients(qk, q, k, tables_for(qk.rope), grads, torch.float32, "triton")
+    eager = [t.clone() for t in eager]
+    qk.compile(fullgraph=True, backend="aot_eager")
+    traced = plain.gradients(qk, q, k, tables_for(qk.rope), grads, torch.float32, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
+
+
+def test_what_the_kernels_do_not_take_is_told():
+    (q, k), _ = inputs()
+    for over, message in ((4, "over=4: a statistic of the kernels spans whole heads"), ((2, 6), r"over=\(2, 6\)")):
+        qk = build("rms", over, "before", None)
+        qk.backend = "triton"
+        with pytest.raises(RuntimeError, match=f"'triton' was asked for and cannot run: qk_norm_rope: {message}"):
+            qk(q, k)
+    qk = build("rms", "head", "before", None).double()
+    qk.backend = "triton"
+    with pytest.raises(RuntimeError, match="take bf16, fp16 and fp32, not torch.float64"):
+        qk(q.double(), k.double())
