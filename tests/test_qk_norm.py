@@ -692,8 +692,8 @@ def test_errors_say_what_to_do(build, message):
 
 def test_a_backend_that_would_be_ignored_is_refused():
     q, k = qk_pair()
-    with pytest.raises(RuntimeError, match="no Triton kernel"):
-        QKNorm("rms", head_dim=D, weight_cast="after", backend="triton")
+    with pytest.raises(RuntimeError, match="Triton kernels run on cuda, not on cpu"):
+        QKNorm("rms", head_dim=D, backend="triton")(q, k)
     with pytest.raises(RuntimeError, match="a norm or RoPE of this QKNorm rounds between its steps"):
         QKNorm("rms", head_dim=D, weight_cast="after", backend="compiled")(q, k)
     with pytest.raises(RuntimeError, match="a factor of 0 takes the reference"):

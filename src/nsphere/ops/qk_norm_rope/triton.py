@@ -297,7 +297,7 @@ def _sides(
 ) -> tuple[list[Side], int]:
     sides = []
     for i, (x, spec) in enumerate(zip(xs, decode(plan), strict=True)):
-        t = _ready(SideTensors(*flat[5 * i : 5 * i + 5], constants[i]))  # type: ignore[arg-type]
+        t = _ready(SideTensors(*flat[5 * i : 5 * i + 5], constants[i]))  # type: ignore[arg-type, call-arg]
         sides.append(_side(x.shape, x.dtype, spec, t, tuple(wanted[3 * i : 3 * i + 3])))
     return _settle(sides)
 
