@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from nsphere import __version__
 
@@ -28,6 +28,7 @@ usage: nsphere COMMAND [flags]      (nsphere COMMAND --help tells the flags)
   train      train one of them
   generate   continue a prompt with a trained model
   inspect    pictures of the inside of a trained model
+  export     a trained model for transformers, ONNX and others
   families   the published QK-norm variants, as a table
   info       what this machine can do, and why not
 
@@ -319,6 +320,29 @@ def _inspect(argv: list[str]) -> None:
     print(f"\n{path}")
 
 
+def _export(argv: list[str]) -> None:
+    import torch
+    import tyro
+
+    from nsphere.export import export
+    from nsphere.train.saved import load_run
+
+    @dataclass(frozen=True)
+    class Export:
+        """Write a trained model in the format of another tool."""
+
+        run: Annotated[Path, tyro.conf.Positional]
+        """A run folder, or one of its checkpoints."""
+        out: Annotated[Path, tyro.conf.Positional]
+        """The folder (hf) or file (.safetensors, .pt2, .onnx) to make."""
+        to: Literal["hf", "safetensors", "torch-export", "onnx"] = "hf"
+        """hf: a transformers folder; safetensors: one file; torch-export, onnx: a program from tokens to logits."""
+
+    args = _parse(Export, "export", argv)
+    for path in export(load_run(args.run, torch.device("cpu")), args.out, args.to):
+        print(path)
+
+
 def _families(argv: list[str]) -> None:
     from nsphere.families import table
 
@@ -346,6 +370,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "generate": _generate,
     "inspect": _inspect,
+    "export": _export,
     "families": _families,
     "info": _info,
 }
