@@ -125,7 +125,7 @@ sys.meta_path.insert(0, Blocked())
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, prompt = sys.argv[1], sys.argv[2]
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).double()
 inputs = tokenizer(prompt, return_tensors="pt")
 made = model.generate(**inputs, max_new_tokens=10, do_sample=False)
@@ -144,7 +144,7 @@ def test_the_folder_loads_without_nsphere_and_continues_token_for_token(run, tmp
         [sys.executable, "-c", ALONE, str(tmp_path / "x"), "line 7"], env=env, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
-    said = json.loads(next(line for line in ran.stdout.splitlines() if line.startswith("{")))
+    said = json.loads(ran.stdout.splitlines()[-1])
     assert said["loaded"] == []
     assert said["class"] == {"ngpt": "NGPTForCausalLM", "gpt": "Qwen3ForCausalLM"}[run.config["architecture"]]
     tokens = run.tokenizer.encode("line 7")

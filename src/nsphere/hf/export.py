@@ -78,7 +78,7 @@ def model_card(run: SavedRun, model: PreTrainedModel) -> str:
     trust = ", trust_remote_code=True" if is_ngpt else ""
     if run.tokenizer is not None:
         imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-        load_tokenizer = "tokenizer = AutoTokenizer.from_pretrained(folder)"
+        load_tokenizer = f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})"
         inputs, output = 'tokenizer("def ", return_tensors="pt").input_ids', "tokenizer.decode(made[0])"
     else:
         imports = "import torch\nfrom transformers import AutoModelForCausalLM"
