@@ -77,7 +77,7 @@ def train(model: Any, batches: Batches, first: int, steps: int, lr: float, warmu
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(round(loss.item(), 4))
     return losses
 
 
@@ -126,14 +126,21 @@ def draw(results: list[dict[str, Any]], args: Args, path: Path) -> None:
         for arm in ARMS:
             for i, result in enumerate(results):
                 losses = result["runs"][arm][str(lr)]["losses"]
-                axis.plot(losses, color=colours[arm], lw=0.9, alpha=0.85, label=arm if i == 0 else None)
+                smooth = [statistics.fmean(losses[i : i + 10]) for i in range(len(losses) - 9)]
+                axis.plot(
+                    range(10, len(losses) + 1),
+                    smooth,
+                    color=colours[arm],
+                    lw=0.9,
+                    alpha=0.85,
+                    label=arm if i == 0 else None,
+                )
         axis.set_title(f"learning rate {lr:g}", fontsize=10)
         axis.set_xlabel("steps after QK-norm was added")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    highest = max(x for r in results for runs in r["runs"].values() for run in runs.values() for x in run["losses"])
-    axes[0].set_ylim(1.2, min(6.0, highest * 1.02))
-    axes[0].set_ylabel("training loss, nats per byte")
+    axes[0].set_ylim(1.5, 3.2)
+    axes[0].set_ylabel(f"training loss, nats per byte\n(mean of 10 steps; {len(results)} seeds)")
     axes[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
