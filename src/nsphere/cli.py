@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,10 @@ def _explain(error: Exception) -> tuple[str, int] | None:
 
 
 def _complain(message: str, code: int) -> int:
+    if rank := int(os.environ.get("RANK", "0")):
+        # what is wrong on all ranks is said once, by rank 0, whose end lets torchrun end the others
+        time.sleep(5)
+        message = f"rank {rank}: {message}"
     print(" ".join(message.split()), file=sys.stderr)
     return code
 

@@ -140,3 +140,13 @@ def test_ngpt_sends_what_gpt_sends(two: dict[str, Any], four: dict[str, Any]) ->
     odd = sent["ngpt odd fsdp"]
     assert odd["split_matrices"] == 2
     assert odd["calls"]["all_reduce"] == sent["ngpt fsdp"]["calls"]["all_reduce"] + 1
+
+
+def test_what_is_sent_and_held_is_what_the_paper_says(two: dict[str, Any], four: dict[str, Any]) -> None:
+    sent = two["sent"] | four["sent"]
+    del sent["ngpt odd fsdp"]  # padded, and with the projection's all-reduce
+    assert len(sent) == 13
+    for run, numbers in sent.items():
+        measured = {k: [numbers["calls"].get(k, 0), numbers["bytes"].get(k, 0)] for k in numbers["on_paper"]}
+        assert measured == numbers["on_paper"], run
+        assert numbers["state_bytes"] == numbers["state_on_paper"], run

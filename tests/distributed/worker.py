@@ -19,8 +19,9 @@ from traffic import counted
 
 from nsphere.collectives import local, split_axes
 from nsphere.hypersphere import assert_on_hypersphere, max_norm_deviation, project_what_is_off_, sphere_matrices
+from nsphere.train import scaling
 from nsphere.train.config import resolve
-from nsphere.train.data import load_corpus
+from nsphere.train.data import DataConfig, load_corpus
 from nsphere.train.distributed import Layout, World, start
 from nsphere.train.model_state import canonical_name
 from nsphere.train.trainer import Trainer
@@ -35,8 +36,10 @@ class Job:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with World(Layout(), torch.device("cpu")).main_first():
-            self.corpus = load_corpus(tiny.text_file(folder), cache_dir=None)
+        if dist.get_rank() == 0:
+            tiny.text_file(folder)
+        dist.barrier()
+        self.corpus = load_corpus(DataConfig(data=str(folder / "text.txt")), cache_dir=None)
         self.references: dict[str, Any] = {}
 
     def trainer(self, arm: str, world: World | None = None, compile: bool = False, **shape: Any) -> Trainer:
@@ -129,14 +132,26 @@ def plant(weight: Any, dim: int, row: int) -> None:
         weight.to_local().copy_(part.to_local())
 
 
-def sent(job: Job, arm: str, world: World, **shape: Any) -> dict[str, Any]:
-    """Collectives and bytes of the second step."""
-    trainer = job.trainer(arm, world, batch_size=2 * world.dp, **shape)
+def sent(job: Job, arm: str, world: World, micro_batches: int = 1, **shape: Any) -> dict[str, Any]:
+    """Collectives and bytes of the second step, and bytes of state; as measured, and on paper."""
+    trainer = job.trainer(arm, world, batch_size=2 * micro_batches * world.dp, **shape)
     trainer.step()
     with counted() as traffic:
         trainer.step()
+    layout, config = world.layout, trainer.model_config
+    bf16 = trainer.autocast_dtype is not None
     split = sum(bool(split_axes(m.weight, m.dim)) for m in sphere_matrices(trainer.model))
-    return {"calls": dict(traffic.calls), "bytes": dict(traffic.bytes), "split_matrices": split}
+    state = [t for o in trainer.optimizers for s in o.state.values() for t in s.values() if t.dim()]
+    numbers = sum(local(t).numel() for t in [*state, *trainer.model.parameters()])
+    gradients = sum(local(p).numel() for p in trainer.model.parameters())
+    return {
+        "calls": dict(traffic.calls),
+        "bytes": dict(traffic.bytes),
+        "split_matrices": split,
+        "state_bytes": 4 * (numbers + gradients),
+        "on_paper": scaling.traffic(config, layout, rows=2, micro_batches=micro_batches, bf16=bf16),
+        "state_on_paper": scaling.state_bytes(config, layout),
+    }
 
 
 def refusal(make: Callable[[], Any]) -> str:
@@ -180,6 +195,7 @@ def two_ranks(job: Job) -> dict[str, Any]:
         for arm in ("gpt", "ngpt"):
             found["sent"][f"{arm} fsdp"] = sent(job, arm, fsdp)
             found["sent"][f"{arm} tp"] = sent(job, arm, tp)
+        found["sent"]["ngpt accumulated tp"] = sent(job, "ngpt", tp, micro_batches=2)
         found["sent"]["ngpt odd fsdp"] = sent(job, "ngpt", fsdp, d_mlp=33)
         found["refused"] = {
             "heads": refusal(lambda: job.trainer("gpt", tp, num_heads=1)),
@@ -214,6 +230,9 @@ def four_ranks(job: Job) -> dict[str, Any]:
         for arm in ("gpt", "ngpt"):
             found["sent"][f"{arm} fsdp 4"] = sent(job, arm, fsdp)
             found["sent"][f"{arm} fsdp 2 x tp 2"] = sent(job, arm, fsdp_tp)
+            found["sent"][f"{arm} hsdp 2x2"] = sent(job, arm, hsdp)
+        found["sent"]["ngpt bf16 fsdp 2 x tp 2"] = sent(job, "ngpt", fsdp_tp, dtype="bfloat16")
+        found["sent"]["ngpt accumulated fsdp 4"] = sent(job, "ngpt", fsdp, micro_batches=2)
     return found
 
 
