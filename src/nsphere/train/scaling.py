@@ -132,7 +132,7 @@ LAYOUTS = {
 def table() -> str:
     """Memory and traffic per rank of the shapes and layouts above, in Markdown."""
     lines = [
-        "| model | GPUs | replicate × shard × tp | state GiB | working GiB | all-gather | reduce-scatter | all-reduce |",
+        "| model | GPUs | replicate × shard × tp | state GiB | working GiB | gather | reduce-scatter | all-reduce |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, shapes in LAYOUTS.items():
