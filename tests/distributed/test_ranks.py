@@ -150,3 +150,8 @@ def test_what_is_sent_and_held_is_what_the_paper_says(two: dict[str, Any], four:
         measured = {k: [numbers["calls"].get(k, 0), numbers["bytes"].get(k, 0)] for k in numbers["on_paper"]}
         assert measured == numbers["on_paper"], run
         assert numbers["state_bytes"] == numbers["state_on_paper"], run
+
+
+def test_compiled_ranks_train_as_one_eager_process(shared: Path) -> None:
+    for numbers, others in launch(2, "compiled", shared).values():
+        assert numbers == pytest.approx(others, rel=LOSS)

@@ -74,9 +74,6 @@ def parallelize(model: Decoder, world: World, autocast_dtype: torch.dtype | None
     model.to(world.device)
 
 
-# --- tensor parallelism ------------------------------------------------------------------------------------------
-
-
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Split the model among the ranks of a mesh of one axis, its residual stream along the sequence."""
     group, ranks = mesh.get_group(), mesh.size()
@@ -153,9 +150,6 @@ class _OwnWords(nn.Module):
         here = (index >= 0) & (index < self.weight.shape[0])
         rows = super().forward(torch.where(here, index, 0))
         return scatter_sum(torch.where(here.unsqueeze(-1), rows, 0.0), self.words.group)
-
-
-# --- FSDP --------------------------------------------------------------------------------------------------------
 
 
 def apply_fsdp(model: Decoder, world: World, autocast_dtype: torch.dtype | None, columns: set[int]) -> None:
