@@ -29,6 +29,8 @@ usage: nsphere COMMAND [flags]      (nsphere COMMAND --help tells the flags)
   train      train one of them
   generate   continue a prompt with a trained model
   inspect    pictures of the inside of a trained model
+  eval       loss, perplexity and bits per byte of a trained model, by context length
+  import     a model from elsewhere, as a run folder
   export     a trained model for transformers, ONNX and others
   families   the published QK-norm variants, as a table
   info       what this machine can do, and why not
@@ -325,6 +327,106 @@ def _inspect(argv: list[str]) -> None:
     print(f"\n{path}")
 
 
+def _eval(argv: list[str]) -> None:
+    import dataclasses
+
+    import tyro
+
+    from nsphere.table import text_table
+    from nsphere.train.data import DataConfig, load_corpus
+    from nsphere.train.evaluation import loss_by_context, usual_contexts
+    from nsphere.train.files import atomic_write_json
+    from nsphere.train.loop import data_cache
+    from nsphere.train.machine import choose_device
+    from nsphere.train.saved import load_run
+
+    @dataclass(frozen=True)
+    class Eval:
+        """Loss, perplexity and bits per byte of a trained model on validation text, by context length."""
+
+        run: Annotated[Path, tyro.conf.Positional]
+        """A run folder, or one of its checkpoints."""
+        data: str | None = None
+        """Other data than the run's, as of nsphere train; its validation part is used, with the run's tokenizer."""
+        contexts: tuple[int, ...] = ()
+        """Lengths to evaluate at; if not given from a quarter of the trained context to four times it."""
+        num_tokens: int | None = 262_144
+        """How many tokens to predict at each length, about; None for all."""
+        out: Path | None = None
+        """A JSON file to write the numbers to."""
+        device: str = "auto"
+        """cpu, cuda, cuda:1, or auto."""
+
+    args = _parse(Eval, "eval", argv)
+    if args.num_tokens is not None and args.num_tokens < 1:
+        raise ValueError(f"num_tokens must be at least 1, got {args.num_tokens}")
+    if args.out is not None and not args.out.parent.is_dir():
+        raise ValueError(f"{args.out} can't be written: there is no folder {args.out.parent}")
+    run = load_run(args.run, choose_device(args.device))
+    config = DataConfig(**run.config["data"])
+    if args.data is not None:
+        own = run.folder / "tokenizer"
+        config = DataConfig(data=args.data, tokenizer=str(own) if own.is_dir() else config.tokenizer)
+    corpus = load_corpus(config, cache_dir=data_cache())
+    if corpus.vocab_size > run.model.config.vocab_size:
+        raise ValueError(
+            f"the data has a vocabulary of {corpus.vocab_size} and the model one of {run.model.config.vocab_size}; "
+            "give data made by the model's own tokenizer"
+        )
+    contexts = args.contexts or usual_contexts(run.model.config.context, len(corpus.val))
+    with run.autocast():
+        found = loss_by_context(
+            run.folded(),
+            corpus.val,
+            contexts,
+            num_tokens=args.num_tokens,
+            bytes_per_token=corpus.bytes_per_token,
+        )
+    trained = run.model.config.context
+    rows = [
+        [
+            f"{f.context:,}{' (trained)' if f.context == trained else ''}",
+            f"{f.num_tokens:,}",
+            f"{f.loss:.4f}",
+            f"{f.perplexity:,.3f}",
+            "–" if f.bits_per_byte is None else f"{f.bits_per_byte:.4f}",
+        ]
+        for f in found
+    ]
+    print(text_table(["context", "tokens", "loss (nats)", "perplexity", "bits per byte"], rows))
+    if args.out is not None:
+        atomic_write_json(
+            args.out, {"run": str(args.run), "step": run.step, "results": [dataclasses.asdict(f) for f in found]}
+        )
+
+
+def _import(argv: list[str]) -> None:
+    import tyro
+
+    from nsphere.import_model import import_model
+
+    @dataclass(frozen=True)
+    class Import:
+        """Make a run folder of a model from elsewhere."""
+
+        source: Annotated[Path, tyro.conf.Positional]
+        """A .safetensors of nsphere export, a transformers folder (nGPT, Llama, Qwen3), or NVIDIA/ngpt's ckpt.pt."""
+        out: Annotated[Path, tyro.conf.Positional]
+        """The run folder to make."""
+        num_heads: int | None = None
+        """Heads, where the source does not say."""
+        context: int | None = None
+        """Context, where the source does not say."""
+        tokenizer: str | None = None
+        """bytes, a tokenizer.json or its folder; the source's own if not given."""
+
+    args = _parse(Import, "import", argv)
+    found = import_model(
+        args.source, args.out, num_heads=args.num_heads, context=args.context, tokenizer=args.tokenizer
+    )
+    print(f"{args.out}: {found.config['architecture']}, {found.model.num_parameters():,} parameters, step {found.step}")
+
+
 def _export(argv: list[str]) -> None:
     import torch
     import tyro
@@ -375,6 +477,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "generate": _generate,
     "inspect": _inspect,
+    "eval": _eval,
+    "import": _import,
     "export": _export,
     "families": _families,
     "info": _info,
