@@ -232,9 +232,11 @@ class NGPTAttention(nn.Module):
         q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get(  # get_interface is younger than transformers 5.0
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend: Callable[..., Any]
+        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        else:  # transformers 5.0
+            attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
         y, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(y.flatten(-2)), weights
 
