@@ -28,8 +28,9 @@ from nsphere.train.config import RunOptions, TrainConfig, model_config, resolve,
 from nsphere.train.data import Corpus, DataConfig, load_corpus
 from nsphere.train.files import RunLock, atomic_write_json, atomic_write_text, read_jsonl
 from nsphere.train.inspection import inspect_model
-from nsphere.train.loop import ENVIRONMENT_FILE, METRICS_FILE, Result, check_same, check_writable, data_cache, train
+from nsphere.train.loop import ENVIRONMENT_FILE, Result, check_same, check_writable, data_cache, train
 from nsphere.train.machine import choose_device, environment
+from nsphere.train.metrics import METRICS_FILE
 from nsphere.train.progress import say
 from nsphere.train.saved import load_run
 from nsphere.train.signals import Interrupted, StopRequest

@@ -113,6 +113,10 @@ class RunOptions:
     """Steps between plain progress lines, where the output is no terminal; a twentieth of the run if not given."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
+    track: Literal["wandb", "trackio"] | None = None
+    """Send the metrics to Weights & Biases or trackio too, where it is installed."""
+    peak_flops: float | None = None
+    """What one device computes per second, for the MFU; known for common GPUs in bf16, left out on CPUs."""
     layout: Layout = field(default_factory=Layout)
 
     def __post_init__(self) -> None:

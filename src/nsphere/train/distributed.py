@@ -105,12 +105,16 @@ class World:
         self.any(False)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank: a signal seen, a number that is not finite."""
+        """Whether the flag is set on any rank."""
+        return bool(self.largest(flag)[0])
+
+    def largest(self, *numbers: float) -> list[float]:
+        """The maximum over the ranks of each number."""
         if self.mesh is None:
-            return flag
-        seen = torch.tensor(int(flag), dtype=torch.int32)
+            return list(numbers)
+        seen = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control)
-        return bool(seen)
+        return seen.tolist()
 
     def sum(self, numbers: Tensor) -> Tensor:
         """Numbers on the CPU, summed over all ranks."""

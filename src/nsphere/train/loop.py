@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,24 @@ from nsphere.hypersphere import max_norm_deviation, project_what_is_off_
 from nsphere.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from nsphere.train.config import RunOptions, TrainConfig, differences, model_config, read_config, record, resolve, shown
 from nsphere.train.data import Corpus, DataConfig, load_corpus
-from nsphere.train.files import JsonlWriter, RunLock, atomic_write_json
+from nsphere.train.distributed import World, start
+from nsphere.train.files import RunLock, atomic_write_json
 from nsphere.train.machine import choose_device, environment
-from nsphere.train.progress import StepProgress, duration, say
+from nsphere.train.metrics import (
+    Metrics,
+    attention_logit_bound,
+    check_tracker,
+    flops_per_token,
+    peak_flops,
+)
+from nsphere.train.progress import StepProgress, console, duration, say
+from nsphere.train.ranks import Ranks
+from nsphere.train.roll_call import RollCall
 from nsphere.train.signals import Interrupted, StopRequest
 from nsphere.train.tokenizer import load_tokenizer
 from nsphere.train.trainer import NonFinite, Trainer, micro_batch_size, pin_dtype, process_settings
 
-CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILE = (
-    "config.json",
-    "environment.json",
-    "metrics.jsonl",
-    "result.json",
-)
+CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE = "config.json", "environment.json", "result.json"
 TOKENIZER_FOLDER = "tokenizer"
 
 
@@ -144,31 +150,54 @@ def train(
         Interrupted: a signal asked to stop; a checkpoint was saved.
         NonFinite: a loss was not finite; says which checkpoint is good.
     """
-    device = choose_device(options.device)
-    config = pin_dtype(resolve(arm, config), device)
+    config = pin_dtype(resolve(arm, config), choose_device(options.device))
     model_config(arm, config, vocab_size=1)  # a shape that can't be is refused before the data is read
     micro_batch_size(config, options)
-    check_run_folder(out, resume)
-    with process_settings(options, device):
-        corpus = corpus if corpus is not None else load_corpus(data, cache_dir=data_cache())
-        trainer = Trainer(arm, config, options, corpus)
+    check_tracker(options.track)
+    with start(options.layout, options.device) as world, process_settings(options, world.device), _one_voice(world):
+        world.together(lambda: check_run_folder(out, resume))
+        if corpus is None:
+            with world.main_first():
+                corpus = load_corpus(data, cache_dir=data_cache())
+        trainer = Trainer(arm, config, options, corpus, world)
         wanted = record(arm, config, data, trainer.model_config)
-        if (out / CONFIG_FILE).exists():
-            check_same(out, read_config(out), wanted, "run")
-        done = read_result(out)
+        done = world.together(lambda: _earlier(out, wanted))
         if done is not None:
             say(f"{out}: finished before, validation loss {done.final_val_loss:.4f}")
             return done
-        if config.init_from is not None and latest_checkpoint(out) is None:
-            _start_from(trainer, Path(config.init_from))
-        with RunLock(out):
-            return _Run(trainer, out, wanted, title or arm).go()
+        ranks = Ranks.beside(world)
+        if config.init_from is not None and ranks.first(lambda: latest_checkpoint(out)) is None:
+            _start_from(trainer, Path(config.init_from), ranks)
+        with contextlib.ExitStack() as held:
+            ranks.first(lambda: held.enter_context(RunLock(out)) and None)
+            return _Run(trainer, out, wanted, title or arm, ranks).go()
 
 
-def _start_from(trainer: Trainer, source: Path) -> None:
+@contextlib.contextmanager
+def _one_voice(world: World) -> Iterator[None]:
+    """Rank 0 alone talks to the person watching."""
+    before, console.quiet = console.quiet, not world.is_main
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+def _earlier(out: Path, wanted: dict[str, Any]) -> Result | None:
+    """The result of an earlier start, if it finished.
+
+    Raises:
+        ValueError: the folder holds another run, or a broken one.
+    """
+    if (out / CONFIG_FILE).exists():
+        check_same(out, read_config(out), wanted, "run")
+    return read_result(out)
+
+
+def _start_from(trainer: Trainer, source: Path, ranks: Ranks) -> None:
     """Take over the weights of another run, which must mean there what they mean here."""
     folder = source.parent.parent if source.parent.name == "checkpoints" else source
-    checkpoint = load_checkpoint(source, expect_architecture=trainer.architecture)
+    checkpoint = load_checkpoint(source, expect_architecture=trainer.architecture, ranks=ranks)
     there = read_config(folder)["model"]
     here = dataclasses.asdict(trainer.model_config)
     different = [line for line in differences(here, there) if not line.startswith("context ")]
@@ -194,87 +223,106 @@ def _verify_sphere(trainer: Trainer, what: str) -> None:
 
 
 class _Run:
-    """A run in its folder: what `train` does once everything is checked."""
+    """A run in its folder: what `train` does once everything is checked. Every rank goes through it; rank 0 writes."""
 
-    def __init__(self, trainer: Trainer, out: Path, wanted: dict[str, Any], title: str) -> None:
-        self.trainer, self.out, self.title = trainer, out, title
+    def __init__(self, trainer: Trainer, out: Path, wanted: dict[str, Any], title: str, ranks: Ranks) -> None:
+        self.trainer, self.out, self.title, self.ranks = trainer, out, title, ranks
+        self.world, options = trainer.world, trainer.options
         self.steps: int = trainer.config.steps  # type: ignore[assignment]
         self.eval_every: int = trainer.config.eval_every  # type: ignore[assignment]
-        self.checkpoint_every = trainer.options.checkpoint_every or max(1, self.steps // 10)
+        self.checkpoint_every = options.checkpoint_every or max(1, self.steps // 10)
         self.train_seconds = 0.0
         self.wanted = wanted
-        options = trainer.options
         self.saver = CheckpointSaver(
             out,
             keep_last=options.keep_checkpoints,
             keep_every=options.keep_every,
             background=options.background_checkpoints,
+            ranks=ranks,
         )
+        peak = options.peak_flops or peak_flops(self.world.device, trainer.autocast_dtype is not None)
+        self.mfu_of_a_token = None if peak is None else flops_per_token(trainer.model) / (peak * self.world.size)
 
     def go(self) -> Result:
-        trainer, out = self.trainer, self.out
-        if not (out / CONFIG_FILE).exists():
+        trainer, out, options = self.trainer, self.out, self.trainer.options
+        if self.world.is_main and not (out / CONFIG_FILE).exists():
             if trainer.corpus.tokenizer is not None:
                 (out / TOKENIZER_FOLDER).mkdir(exist_ok=True)
                 trainer.corpus.tokenizer.save(out / TOKENIZER_FOLDER)
             atomic_write_json(out / CONFIG_FILE, self.wanted)
         resumed = self._resume()
-        self._record_environment()
+        if self.world.is_main:
+            self._record_environment()
         say(trainer.describe() + (f", resumed at step {trainer.num_steps}" if resumed else ""))
-        every = trainer.options.log_every or max(1, self.steps // 20)
+        roll_call = RollCall(
+            self.world.rank, self.world.size, options.layout.timeout, f"; start it again with --resume on {out}"
+        )
         with (
-            JsonlWriter(out / METRICS_FILE, resume_step=trainer.num_steps if resumed else -1) as metrics,
+            Metrics(
+                out,
+                trainer.num_steps if resumed else None,
+                writes=self.world.is_main,
+                tensorboard=options.tensorboard,
+                track=options.track,
+                config=self.wanted,
+            ) as self.metrics,
             StopRequest() as stop,
-            StepProgress(self.title, self.steps, every, trainer.num_steps) as progress,
-            _tensorboard(out, trainer.num_steps, trainer.options.tensorboard) as self.tensorboard,
+            StepProgress(
+                self.title, self.steps, options.log_every or max(1, self.steps // 20), trainer.num_steps
+            ) as self.progress,
             self.saver,
         ):
-            self.metrics = metrics
             if not resumed:
-                self._evaluate()
-            while trainer.num_steps < self.steps:
-                began = time.perf_counter()
-                try:
-                    result = trainer.step()
-                except NonFinite as error:
-                    raise NonFinite(self._advice(error)) from None
-                seconds = time.perf_counter() - began
-                self.train_seconds += seconds
-                self._write(
-                    kind="train",
-                    loss=result.loss,
-                    grad_norm=result.grad_norm,
-                    lr=result.lr,
-                    tokens=trainer.num_steps * trainer.tokens_per_step,
-                    seconds=seconds,
-                    tokens_per_second=trainer.tokens_per_step / seconds,
-                    **({"skipped": True} if result.skipped else {}),
-                )
-                if trainer.num_steps % self.eval_every == 0 or trainer.num_steps == self.steps:
+                with roll_call.step(0):
                     self._evaluate()
-                progress.update(
-                    trainer.num_steps,
-                    f"loss {result.loss:.3f}  val {self.val_loss:.3f}  {trainer.tokens_per_step / seconds:,.0f} tok/s",
-                )
-                leaving = stop.signal is not None and trainer.num_steps < self.steps
-                if leaving or trainer.num_steps % self.checkpoint_every == 0 or trainer.num_steps == self.steps:
-                    self._save()
-                elif self.saver.has_failed:
-                    self.saver.wait()
-                if leaving:
-                    self.saver.wait()
-                    assert stop.signal is not None
-                    raise Interrupted(
-                        stop.signal, f"stopped at step {trainer.num_steps}, saved in {out}; --resume continues it"
-                    )
+            while trainer.num_steps < self.steps:
+                with roll_call.step(trainer.num_steps + 1):
+                    self._step(stop)
         return self._finish()
+
+    def _step(self, stop: StopRequest) -> None:
+        """One step, and what is due after it: numbers, an evaluation, a checkpoint, the end."""
+        trainer = self.trainer
+        began = time.perf_counter()
+        try:
+            result = trainer.step()
+        except NonFinite as error:
+            raise NonFinite(self._advice(error)) from None
+        seconds = time.perf_counter() - began
+        self.train_seconds += seconds
+        step, rate = trainer.num_steps, trainer.tokens_per_step / seconds
+        self.metrics.write(
+            step,
+            "train",
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            tokens=step * trainer.tokens_per_step,
+            seconds=seconds,
+            tokens_per_second=rate,
+            **({} if self.mfu_of_a_token is None else {"mfu": rate * self.mfu_of_a_token}),
+            **({"skipped": True} if result.skipped else {}),
+        )
+        if step % self.eval_every == 0 or step == self.steps:
+            self._evaluate()
+        self.progress.update(step, f"loss {result.loss:.3f}  val {self.val_loss:.3f}  {rate:,.0f} tok/s")
+        # a signal may have come to one rank alone, and a save may have failed on one first: all leave after one step
+        number, failed = self.world.largest(stop.signal or 0, self.saver.has_failed)
+        if failed:
+            self.saver.wait()
+        leaving = number and step < self.steps
+        if leaving or step % self.checkpoint_every == 0 or step == self.steps:
+            self._save()
+        if leaving:
+            self.saver.wait()
+            raise Interrupted(int(number), f"stopped at step {step}, saved in {self.out}; --resume continues it")
 
     def _resume(self) -> bool:
         """Take up the newest sound checkpoint; False if the run starts from scratch."""
-        if latest_checkpoint(self.out) is None:
+        if self.ranks.first(lambda: latest_checkpoint(self.out)) is None:
             return False
         trainer = self.trainer
-        checkpoint = load_checkpoint(self.out, expect_architecture=trainer.architecture)
+        checkpoint = load_checkpoint(self.out, expect_architecture=trainer.architecture, ranks=self.ranks)
         data_sha256 = str(checkpoint.state.get("data_sha256"))
         if data_sha256 != trainer.corpus.sha256:
             raise ValueError(
@@ -312,22 +360,15 @@ class _Run:
         if not math.isfinite(self.val_loss):
             raise NonFinite(self._advice(f"the validation loss at step {trainer.num_steps} is {self.val_loss}"))
         worst = max_norm_deviation(trainer.model)
-        self._write(
-            kind="eval",
+        bound = attention_logit_bound(trainer.model)
+        self.metrics.write(
+            trainer.num_steps,
+            "eval",
             val_loss=self.val_loss,
             tokens=trainer.num_steps * trainer.tokens_per_step,
             **({} if worst is None else {"max_norm_deviation": worst.value}),
+            **({} if bound is None else {"attention_logit_bound": self.world.largest(bound)[0]}),
         )
-
-    def _write(self, **numbers: Any) -> None:
-        step = self.trainer.num_steps
-        # JSON knows no NaN: a skipped step's loss is null
-        written = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
-        self.metrics.write({"step": step, **written})
-        if self.tensorboard is not None:
-            kind = numbers.pop("kind")
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
     def _advice(self, error: NonFinite | str) -> str:
         with contextlib.suppress(OSError):  # what is being written may be the last good one
@@ -365,16 +406,8 @@ class _Run:
             train_seconds=self.train_seconds,
             data_sha256=trainer.corpus.sha256,
         )
-        atomic_write_json(self.out / RESULT_FILE, dataclasses.asdict(result))
+        if self.world.is_main:
+            atomic_write_json(self.out / RESULT_FILE, dataclasses.asdict(result))
         skipped = f", {trainer.num_skipped} steps skipped" if trainer.num_skipped else ""
         say(f"{self.title}: validation loss {self.val_loss:.4f} after {duration(self.train_seconds)}{skipped}")
         return result
-
-
-def _tensorboard(out: Path, step: int, wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    """A writer of event files that is closed however the run ends; None where none is wanted."""
-    if not wanted:
-        return contextlib.nullcontext()
-    from torch.utils.tensorboard import SummaryWriter
-
-    return contextlib.closing(SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None))

@@ -1,9 +1,12 @@
 """What the processes of a job do together apart from the training step: files, decisions, errors."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
+
+from nsphere.train.distributed import World
 
 T = TypeVar("T")
 
@@ -29,11 +32,11 @@ class Ranks:
         self.size = 1 if group is None else dist.get_world_size(group)
 
     @classmethod
-    def of_job(cls) -> "Ranks":
-        """All processes of torch.distributed, in a group of their own; without it, this process alone. Collective."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    def beside(cls, world: World) -> "Ranks":
+        """The ranks of a job in a group of their own, whose messages can't meet the training's. Collective."""
+        if world.mesh is None:
             return cls()
-        return cls(dist.new_group(backend="gloo"))
+        return cls(dist.new_group(backend="gloo", timeout=timedelta(seconds=world.layout.timeout)))
 
     @property
     def is_first(self) -> bool:

@@ -1,0 +1,126 @@
+"""Which rank is at which step, so that a job that ends for want of one can say which."""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch.distributed as dist
+
+EX_TEMPFAIL = 75
+
+
+class LostRank(Exception):
+    """A rank died or hangs; the message names it and its step on the lowest rank that is left, and is empty on others.
+
+    What was saved is good: start the job again. `exit_code` is 75, a temporary failure.
+    """
+
+    exit_code = EX_TEMPFAIL
+
+
+class RollCall:
+    """Each rank notes in the job's store which step it is in, and, when it has to leave, that it noticed.
+
+    A rank that neither goes on nor notices is the lost one. A collective that waits for it fails in gloo after the
+    layout's timeout, or at once if its process has ended. What fails in no other way (a rank that hangs by itself, or
+    waits in NCCL, which does not raise) is ended by a thread that watches every step, and says where it was.
+
+    Args:
+        rank: this one's number.
+        size: how many there are; with 1 nothing is done.
+        timeout: seconds that a step may take, from the second of this process on (the first compiles).
+        last_good: what the message ends with.
+    """
+
+    def __init__(self, rank: int, size: int, timeout: float, last_good: str = "") -> None:
+        self.rank, self.size, self.timeout, self.last_good = rank, size, timeout, last_good
+        self._store: Any = dist.distributed_c10d._get_default_store() if size > 1 else None
+        self._since: tuple[float, int] | None = None
+        self._warm = False
+        if size > 1:
+            threading.Thread(target=self._watch, name="roll call", daemon=True).start()
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around the step of that number.
+
+        Raises:
+            LostRank: in place of the collective's error.
+        """
+        if self._store is None:
+            yield
+            return
+        try:
+            self._note("at", str(number))
+            if self._warm:
+                self._since = time.monotonic(), number
+            yield
+        except RuntimeError as error:
+            if not is_communication_error(error):
+                self._note("left", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                raise
+            raise LostRank(self.who_is_missing(number)) from error
+        finally:
+            self._since = None
+        self._warm = True
+
+    def _note(self, what: str, text: str) -> None:
+        # the store may be gone with the process that held it
+        with suppress(RuntimeError, dist.DistError):
+            self._store.set(f"nsphere/{what}/{self.rank}", text)
+
+    def _read(self, what: str, rank: int) -> str | None:
+        key = f"nsphere/{what}/{rank}"
+        try:
+            return self._store.get(key).decode() if self._store.check([key]) else None
+        except (RuntimeError, dist.DistError):
+            return None
+
+    def who_is_missing(self, number: int, patience: float = 5.0) -> str:
+        """The ranks that are lost, each with its step, once all others had time to notice; "" if another tells it."""
+        self._note("noticed", str(number))
+        end = time.monotonic() + patience
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        missing = others
+        while missing and time.monotonic() < end:
+            time.sleep(0.05)
+            missing = [rank for rank in others if self._read("noticed", rank) is None]
+        if any(rank < self.rank for rank in others if rank not in missing):
+            return ""
+        told = []
+        for rank in missing:
+            left = self._read("left", rank)
+            at = self._read("at", rank)
+            where = f"in step {at}" if at is not None else "before its first step"
+            told.append(f"rank {rank} stopped {where}: {left}" if left else f"rank {rank} died or hangs {where}")
+        what = ", ".join(told) or "all ranks are there, but a message between them did not arrive"
+        return f"{what}; the job ends in step {number}{self.last_good}"
+
+    def _watch(self) -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        while True:
+            time.sleep(min(1.0, self.timeout / 4))
+            since = self._since
+            if since is not None and time.monotonic() - since[0] > self.timeout + 10:
+                where = traceback.extract_stack(sys._current_frames()[main])[-1]
+                print(
+                    f"nsphere: rank {self.rank} hangs in step {since[1]}, for {self.timeout + 10:g} s, in {where.name} "
+                    f"({where.filename}:{where.lineno}); the job ends{self.last_good}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(EX_TEMPFAIL)
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Whether an error is a collective's, rather than the computation's."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return any(word in text for word in ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL"))
