@@ -95,9 +95,9 @@ class RollCall:
         told = []
         for rank in missing:
             left = self._read("left", rank)
-            at = self._read("at", rank)
-            where = f"in step {at}" if at is not None else "before its first step"
-            told.append(f"rank {rank} stopped {where}: {left}" if left else f"rank {rank} died or hangs {where}")
+            at = self._read("at", rank)  # None before its first step, and where the store went with its rank
+            where = f" in step {at}" if at is not None else ""
+            told.append(f"rank {rank} stopped{where}: {left}" if left else f"rank {rank} died or hangs{where}")
         what = ", ".join(told) or "all ranks are there, but a message between them did not arrive"
         return f"{what}; the job ends in step {number}{self.last_good}"
 
