@@ -1,4 +1,4 @@
-"""Jobs of several ranks on this machine: forked from this process, which has torch loaded already, and joined by gloo."""
+"""Jobs of several ranks on this machine, joined by gloo: forked from this process, which has torch loaded already."""
 
 import os
 import socket

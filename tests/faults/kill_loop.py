@@ -2,9 +2,9 @@
 
     python tests/faults/kill_loop.py --kills 25 --seed 0 --ranks 2
 
-Every kill is a SIGKILL at a random moment after the run's first step since its start: to all ranks at once, or, by
-turns, to one of them, whose end the others must notice by themselves. The run saves at every step, so that many
-kills fall into the writing of a checkpoint. After each the run is resumed. What must hold, or this fails:
+Every kill is a SIGKILL at a random moment after the first step, or the first checkpoint, of a start: to all ranks at
+once, or, by turns, to one of them, whose end the others must notice by themselves. The run saves at every step, so
+that many kills fall into the writing of a checkpoint. After each the run is resumed. What must hold, or this fails:
 
 - it goes on at the newest complete checkpoint: nothing but the steps since that is repeated;
 - the metrics up to there are the uninterrupted run's, line by line;
@@ -98,7 +98,8 @@ def kill_loop(folder: Path, kills: int, seed: int, ranks: int, arm: str = "ngpt"
     while seen["kills"] < kills:
         before = newest(run)
         job = start(run)
-        while not job.poll() and not first_step_is_made(run, starts):
+        early = rng.random() < 0.25  # before this start has saved anything
+        while not job.poll() and not (first_step_is_made(run, starts) if early else newest(run) > before):
             time.sleep(0.002)
         time.sleep(rng.expovariate(1 / 0.1))
         if not job.poll():
@@ -125,8 +126,8 @@ def kill_loop(folder: Path, kills: int, seed: int, ranks: int, arm: str = "ngpt"
         lines, step = curve(run), newest(run)
         past = [r for r in lines if r["step"] <= step]
         assert past == [r for r in expected if r["step"] <= step], f"{run}: another curve up to step {step}"
-        at_steps.append(lines[-1]["step"])
-        repeated.append(lines[-1]["step"] - max(step, 0))
+        at_steps.append(lines[-1]["step"] if lines else 0)
+        repeated.append(at_steps[-1] - max(step, 0))
         if (run / "result.json").exists():
             assert lines == expected, f"{run}: another curve"
             same = load_checkpoint(run).model_tensors

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -224,6 +225,17 @@ def test_compiled_with_two_threads_is_bit_identical_also_when_killed(tmp_path, d
     subprocess.run([*command, str(tmp_path / "cut")], check=True, capture_output=True)
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert_same_run(tmp_path / "one", tmp_path / "cut")
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, data, monkeypatch) -> None:
+    """Times come from the monotonic clock: the wall clock may go back by years in the middle of a run."""
+    jumps = itertools.cycle([1e9, 2e9, 0.0, 5e8])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    result = train("ngpt", tiny.config(), tiny.options(), data, tmp_path / "run")
+    assert 0 < result.train_seconds < 600
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert all(0 < r["seconds"] < 600 and r["tokens_per_second"] > 0 for r in records if r["kind"] == "train")
+    assert load_checkpoint(tmp_path / "run").step == 6
 
 
 def test_options_that_cannot_be() -> None:

@@ -1,0 +1,341 @@
+"""Checkpoints and failures of jobs of several ranks; run by test_ranks.py.
+
+Ranks are forked, which needs a process in which nothing was differentiated before. So nothing here computes outside of
+them.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from ranks import Job
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from nsphere.cli import _explain
+from nsphere.train.checkpoint import CheckpointSaver, load_checkpoint
+from nsphere.train.distributed import Layout
+from nsphere.train.files import RunLock, read_jsonl
+from nsphere.train.loop import train
+from nsphere.train.ranks import Ranks
+from nsphere.train.trainer import Trainer
+
+STEPS = 6
+
+
+def run(size, out, *, data, layout=None, arm="ngpt", before=lambda rank: None, config=None, **options):
+    """Start `nsphere train` on some ranks; the job."""
+    wanted = tiny.config(steps=STEPS, **(config or {}))
+    how = tiny.options(layout=layout or Layout(timeout=60), micro_batch_size=1, **options)
+
+    def work(rank):
+        before(rank)
+        try:
+            train(arm, wanted, how, data, out, resume=True)
+        except Exception as error:
+            known = _explain(error)
+            if known is None:
+                raise
+            print(f"[{rank}] {known[0]}", flush=True)
+            return known[1]
+        return 0
+
+    return Job(size, work, out.with_suffix(".log"))
+
+
+def finish(job):
+    assert set(job.wait()) == {0}, job.output()
+
+
+def curve(folder):
+    timed = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in r.items() if k not in timed} for r in read_jsonl(folder / "metrics.jsonl")]
+
+
+def cut_short(run_folder, copy, step):
+    """The run as it was when it had just saved that step."""
+    shutil.copytree(run_folder, copy)
+    (copy / "result.json").unlink()
+    for path in (copy / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """A run on 4 ranks, with all its checkpoints, and its data."""
+    folder = tmp_path_factory.mktemp("four")
+    data = tiny.text_file(folder)
+    finish(run(4, folder / "run", data=data, checkpoint_every=3, keep_checkpoints=5))
+    return folder / "run", data
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [(1, Layout()), (2, Layout(timeout=60)), (2, Layout(tp=2, timeout=60)), (4, Layout(timeout=60))],
+    ids=["1", "2", "tp 2", "4"],
+)
+def test_saved_on_four_ranks_and_resumed_on(tmp_path, four, size, layout):
+    """The same losses to fp32's rounding, the sphere to 1e-6; on the same layout the same bits."""
+    whole, data = four
+    resumed = cut_short(whole, tmp_path / "resumed", 3)
+    finish(run(size, resumed, data=data, layout=layout, checkpoint_every=3))
+    expected, found = curve(whole), curve(resumed)
+    if size == 4:
+        assert found == expected
+        a, b = (load_checkpoint(folder).model_tensors for folder in (whole, resumed))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        a, b = (load_checkpoint(folder).optimizer_tensors for folder in (whole, resumed))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        return
+    assert [(r["step"], r["kind"]) for r in found] == [(r["step"], r["kind"]) for r in expected]
+    for a, b in zip(expected, found, strict=True):
+        for key in {"loss", "val_loss", "grad_norm"} & a.keys():
+            # three steps of a tiny model: other orders of summation, and Adam's first steps near sign(g) · lr
+            assert a[key] == pytest.approx(b[key], rel=2e-5), (a["step"], key)
+    assert max(r["max_norm_deviation"] for r in found if r["kind"] == "eval") <= 1e-6
+
+
+def test_what_several_ranks_saved_is_one_checkpoint(four):
+    """A file a rank; every number of the model in them once."""
+    whole, _ = four
+    folder = whole / "checkpoints" / f"step-{STEPS:08d}"
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    for part in ("model", "optimizer"):
+        assert [name for name in files if name.startswith(part)] == [
+            f"{part}/shard-{rank:05d}-model-00001-of-00001.safetensors" for rank in (1, 2, 3, 4)
+        ]
+    checkpoint = load_checkpoint(whole)
+    numbers = sum(t.numel() for t in checkpoint.model_tensors.values())
+    stored = sum((folder / name).stat().st_size for name in files if name.startswith("model"))
+    assert 4 * numbers <= stored <= 4 * numbers + 4 * 8000  # fp32, and the headers
+
+
+DAMAGES = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: os.truncate(path, 0),
+    "bit-flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    "removed": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_file_of_every_rank_in_turn(tmp_path, four, damage):
+    """Detected, named, the older one used; and where there is none, a clear stop."""
+    whole, _ = four
+    broken = cut_short(whole, tmp_path / "broken", STEPS)
+    newest = broken / "checkpoints" / f"step-{STEPS:08d}"
+    files = [p for p in newest.rglob("*") if p.is_file()]
+    assert len(files) == 10
+    for path in files:
+        name, sound = path.relative_to(newest), path.read_bytes()
+        DAMAGES[damage](path)
+        with pytest.raises(ValueError, match=f"{newest.name} can't be used: {name} "):
+            load_checkpoint(newest)
+        assert load_checkpoint(broken).step == 3
+        older = newest.with_name("step-00000003")
+        older.rename(tmp_path / "away")
+        with pytest.raises(ValueError, match=f"no checkpoint in .* can be used: {newest.name}: {name} "):
+            load_checkpoint(broken)
+        (tmp_path / "away").rename(older)
+        path.write_bytes(sound)
+    assert load_checkpoint(broken).step == STEPS
+
+
+def test_a_broken_one_is_passed_over_by_all_ranks(tmp_path, four):
+    whole, data = four
+    broken = cut_short(whole, tmp_path / "broken", STEPS)
+    file = broken / "checkpoints" / f"step-{STEPS:08d}" / "model" / "shard-00002-model-00001-of-00001.safetensors"
+    DAMAGES["bit-flipped"](file)
+    finish(job := run(2, broken, data=data, checkpoint_every=3))
+    assert "resumed at step 3" in job.output()
+    assert job.output().count("shard-00002-model-00001-of-00001.safetensors is damaged") == 1
+
+
+class Odd(nn.Module):
+    """Sizes that four ranks can't share evenly, one with fewer rows than ranks, a 0-d buffer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(3, 1, bias=False)
+        self.register_buffer("count", torch.tensor(3))
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)).tanh())
+
+
+def test_uneven_shards_and_any_mesh(tmp_path):
+    """Saved by FSDP on 4 ranks, in the background, while training goes on; read by HSDP 2 × 2 and by one process."""
+
+    def make(mesh):
+        model = Odd()
+        for layer in (model.a, model.b, model.c):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def step(model, optimizer):
+        model(torch.ones(2, 5)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def whole(model, optimizer):
+        full = {n: (t.full_tensor() if isinstance(t, DTensor) else t) for n, t in model.state_dict().items()}
+        for name, p in model.named_parameters():
+            for key, t in optimizer.state[p].items():
+                full[f"{name}/{key}"] = t.full_tensor() if isinstance(t, DTensor) else t
+        return {name: tensor.detach().clone() for name, tensor in full.items()}
+
+    def work(rank):
+        dist.init_process_group("gloo")
+        ranks = Ranks(dist.new_group(backend="gloo"))
+        model, optimizer = make(init_device_mesh("cpu", (4,)))
+        step(model, optimizer)
+        before = whole(model, optimizer)
+        with CheckpointSaver(tmp_path / "run", ranks=ranks) as saver:
+            saver.save(step=1, model=model, optimizer=optimizer, state={})
+            for _ in range(3):
+                step(model, optimizer)
+        for mesh in (init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("r", "s"))):
+            other, optimizer = make(mesh)
+            step(other, optimizer)
+            step(other, optimizer)
+            load_checkpoint(tmp_path / "run", ranks=ranks).restore(other, optimizer)
+            for name, tensor in whole(other, optimizer).items():
+                assert torch.equal(tensor, before[name]), name
+        if rank == 0:
+            save_file({name: tensor.contiguous() for name, tensor in before.items()}, tmp_path / "before.safetensors")
+        dist.destroy_process_group()
+
+    finish(Job(4, work, tmp_path / "log"))
+    saved = load_file(tmp_path / "before.safetensors")
+    alone = Odd()
+    optimizer = torch.optim.AdamW(alone.parameters(), lr=1)
+    load_checkpoint(tmp_path / "run").restore(alone, optimizer)
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(tensor, saved[name]), name
+    assert optimizer.state[alone.c.weight]["step"].item() == 1
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
+    data = tiny.text_file(tmp_path)
+
+    def signalled(rank):
+        step = Trainer.step
+
+        def patched(self):
+            if rank == 1 and self.num_steps == 2:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return step(self)
+
+        Trainer.step = patched
+
+    out = tmp_path / "run"
+    job = run(2, out, data=data, before=signalled, checkpoint_every=100)
+    assert job.wait() == [128 + signal.SIGUSR1] * 2, job.output()
+    assert "[0] stopped at step 3, saved in" in job.output() and "[1] stopped at step 3" in job.output()
+    finish(run(2, out, data=data))
+    finish(run(2, tmp_path / "whole", data=data))
+    assert curve(out) == curve(tmp_path / "whole")
+
+
+def failing(rank, do, at=2, who=1):
+    """Let a rank do something before the step after `at`."""
+    step = Trainer.step
+
+    def patched(self):
+        if rank == who and self.num_steps == at:
+            do(self)
+        return step(self)
+
+    Trainer.step = patched
+
+
+def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path):
+    began = time.monotonic()
+    job = run(
+        2,
+        tmp_path / "run",
+        data=tiny.text_file(tmp_path),
+        layout=Layout(timeout=8),
+        before=lambda rank: failing(rank, lambda _: time.sleep(1000)),
+    )
+    assert job.wait() == [75, 75], job.output()
+    assert "[0] rank 1 died or hangs in step 3; the job ends in step 3; start it again with --resume" in job.output()
+    assert "rank 1 hangs in step 3, for 18 s" in job.output()  # by its own watch, where nobody else can end it
+    assert time.monotonic() - began < 300
+
+
+def test_a_rank_that_fails_is_named_with_its_reason(tmp_path):
+    def fail(_):
+        raise RuntimeError("the device is on fire")
+
+    job = run(2, tmp_path / "run", data=tiny.text_file(tmp_path), before=lambda rank: failing(rank, fail))
+    assert job.wait() == [75, 1], job.output()
+    assert "[0] rank 1 stopped in step 3: RuntimeError: the device is on fire; the job ends" in job.output()
+
+
+def poison(trainer):
+    """The gradient of this rank alone is not finite: its loss is."""
+    parameter = next(p for p in trainer.model.parameters() if p.dim() < 2)
+    handle = parameter.register_hook(lambda grad: (handle.remove(), grad * float("nan"))[1])
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_gradient_that_is_not_finite_on_one_rank(tmp_path, skip):
+    out = tmp_path / "run"
+    job = run(2, out, data=tiny.text_file(tmp_path), before=lambda rank: failing(rank, poison), skip_nonfinite=skip)
+    if skip:
+        finish(job)
+        assert [r["step"] for r in curve(out) if r.get("skipped")] == [3]
+        assert all(torch.isfinite(t).all() for t in load_checkpoint(out).model_tensors.values())
+    else:
+        assert job.wait() == [1, 1], job.output()
+        assert "[0] the gradient norm of step 3 is nan; the last good checkpoint is" in job.output()
+
+
+def test_a_disk_that_is_full_for_one_rank_stops_all_and_leaves_the_last_good_one(tmp_path):
+    def little_room(rank):
+        # a limit on the size of files stands for a disk that is full, on rank 1 alone
+        if rank == 1:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            failing(rank, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
+
+    out = tmp_path / "run"
+    job = run(2, out, data=tiny.text_file(tmp_path), before=little_room, checkpoint_every=2)
+    assert job.wait() == [1, 1], job.output()
+    assert "the checkpoint of step 4 could not be written" in job.output()
+    assert "File too large (rank 1)" in job.output()
+    assert f"the last good checkpoint is {out}/checkpoints/step-00000002" in job.output()
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002"]
+    assert load_checkpoint(out).step == 2
+
+
+def test_two_jobs_in_one_folder(tmp_path):
+    data, out = tiny.text_file(tmp_path), tmp_path / "run"
+    with RunLock(out):
+        job = run(2, out, data=data)
+        assert job.wait() == [2, 2], job.output()
+    assert "is in use by process" in job.output()
+    assert not (out / "config.json").exists()
+
+
+def test_metrics_of_many_ranks_are_those_of_one_writer(four):
+    whole, _ = four
+    lines = (whole / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert [r["step"] for r in steps if r["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert all(r["attention_logit_bound"] > 0 for r in steps if r["kind"] == "eval")
