@@ -36,7 +36,7 @@ STEPS = 6
 def run(size, out, *, data, layout=None, arm="ngpt", before=lambda rank: None, config=None, **options):
     """Start `nsphere train` on some ranks; the job."""
     wanted = tiny.config(steps=STEPS, **(config or {}))
-    how = tiny.options(layout=layout or Layout(timeout=60), micro_batch_size=1, **options)
+    how = tiny.options(layout=layout or Layout(timeout=500), micro_batch_size=1, **options)
 
     def work(rank):
         before(rank)
@@ -83,7 +83,7 @@ def four(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("size", "layout"),
-    [(1, Layout()), (2, Layout(timeout=60)), (2, Layout(tp=2, timeout=60)), (4, Layout(timeout=60))],
+    [(1, Layout()), (2, Layout(timeout=500)), (2, Layout(tp=2, timeout=500)), (4, Layout(timeout=500))],
     ids=["1", "2", "tp 2", "4"],
 )
 def test_saved_on_four_ranks_and_resumed_on(tmp_path, four, size, layout):
@@ -315,7 +315,9 @@ def test_a_disk_that_is_full_for_one_rank_stops_all_and_leaves_the_last_good_one
             failing(rank, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
 
     out = tmp_path / "run"
-    job = run(2, out, data=tiny.text_file(tmp_path), before=little_room, checkpoint_every=2)
+    job = run(
+        2, out, data=tiny.text_file(tmp_path), before=little_room, checkpoint_every=2, background_checkpoints=False
+    )
     assert job.wait() == [1, 1], job.output()
     assert "the checkpoint of step 4 could not be written" in job.output()
     assert "File too large (rank 1)" in job.output()

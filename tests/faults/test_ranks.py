@@ -18,7 +18,18 @@ def run(*command: object) -> str:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork")
 class TestRanks:
     def test_cases(self) -> None:
-        run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", HERE / "cases_of_ranks.py")
+        run(
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "-p",
+            "no:logging",
+            HERE / "cases_of_ranks.py",
+        )
 
     @pytest.mark.parametrize(("ranks", "kills"), [(1, 3), (2, 2)])
     def test_kills(self, ranks: int, kills: int) -> None:
