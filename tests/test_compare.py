@@ -13,6 +13,7 @@ from nsphere import compare as compare_module
 from nsphere.compare import CompareConfig, Sweep, compare, grid_lr
 from nsphere.curves import headline_ratios
 from nsphere.table import comparison_table
+from nsphere.train.distributed import Layout
 from nsphere.train.files import read_jsonl
 from nsphere.train.loop import Result
 from nsphere.train.signals import Interrupted
@@ -256,3 +257,17 @@ def test_runs_from_different_machines_are_pointed_out(two_seeds, tmp_path) -> No
         run_config.write_text(json.dumps(saved | {"data": saved["data"] | {"data": str(tmp_path / "text.txt")}}))
     again = run(tmp_path, what, resume=True, steps=30, eval_every=5)
     assert any("cpu another" in limit for limit in again["limits"])
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout", "message"),
+    [
+        ("1", Layout(tp=2), "tp 2 is 2 ranks and this is one process"),
+        ("2", Layout(), "runs in one process and torchrun started 2; start nsphere compare alone"),
+    ],
+)
+def test_many_ranks_are_refused(tmp_path, monkeypatch, world_size: str, layout: Layout, message: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(ValueError, match=message):
+        compare(WHAT, tiny.config(), tiny.options(layout=layout), tiny.text_file(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

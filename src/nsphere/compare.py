@@ -26,6 +26,7 @@ from nsphere.report import write_report
 from nsphere.train.arms import RECIPE_FIELDS, parse_arm
 from nsphere.train.config import RunOptions, TrainConfig, model_config, resolve, usual_lr
 from nsphere.train.data import Corpus, DataConfig, load_corpus
+from nsphere.train.distributed import launched_world_size
 from nsphere.train.files import RunLock, atomic_write_json, atomic_write_text, read_jsonl
 from nsphere.train.inspection import inspect_model
 from nsphere.train.loop import ENVIRONMENT_FILE, Result, check_same, check_writable, data_cache, train
@@ -138,6 +139,12 @@ def compare(
         Interrupted, NonFinite: as from `train`.
     """
     rates = what.learning_rates()
+    if launched_world_size() > 1:
+        raise ValueError(
+            f"a comparison runs in one process and torchrun started {launched_world_size()}; start nsphere compare "
+            "alone, or train the arms one by one with torchrun -m nsphere train"
+        )
+    options.layout.resolve(1)  # refuses --tp and the like
     if config.init_from is not None:
         raise ValueError("a comparison starts every arm from scratch; give --init-from to nsphere train")
     device = choose_device(options.device)
