@@ -113,8 +113,8 @@ def backward(
         dm = None
         if t.multiplier is not None and saved is not None and wanted[2]:
             dm = _sum_to(grad * parts.turn([saved.to(wide)])[0] * t.constant, t.multiplier)
-        [plain_dx] = parts.turn([_multiply(grad, t.multiplier, t.constant)], back=True)
-        return plain_dx.to(dtype), None, None, dm
+        [dx] = parts.turn([_multiply(grad, t.multiplier, t.constant)], back=True)
+        return dx.to(dtype), None, None, dm
 
     norm, eps = spec.norm, eps_of(spec.norm, dtype)
     assert saved is not None and inverse is not None
@@ -190,10 +190,10 @@ def backward(
 
     u = [_affine(p, f, None, norm.scale) for p, f in zip(u, factors, strict=True)]
     part = along(_times(u, standard), lambda: _times(standard, standard))
-    dx = [(d * inverse) for d in centred([a - b * part for a, b in zip(u, standard, strict=True)], u)]
-    dx = [put_back(d, whole, spec.over) for d, whole in zip(dx, wholes, strict=True)]
-    dx = dx if spec.norm_first else parts.turn(dx, back=True)
-    return parts.join([d.to(dtype) for d in dx]), dw, db, dm
+    steps = centred([a - b * part for a, b in zip(u, standard, strict=True)], u)
+    steps = [put_back(d * inverse, whole, spec.over) for d, whole in zip(steps, wholes, strict=True)]
+    steps = steps if spec.norm_first else parts.turn(steps, back=True)
+    return parts.join([d.to(dtype) for d in steps]), dw, db, dm
 
 
 class _Parts:
