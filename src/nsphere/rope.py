@@ -106,19 +106,54 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, *, inverse: bool
     """
     if spec.dim > x.shape[-1]:
         raise ValueError(f"RopeSpec.dim={spec.dim}, but x has {x.shape[-1]} dims per head; rotate at most those")
-    compute = x.dtype if spec.compute_dtype == "input" else torch.promote_types(x.dtype, spec.compute_dtype)
-    cos, sin = (pair_table(t, spec, x.dtype).to(compute) for t in (cos, sin))
-    if (spec.sign < 0) != inverse:
-        sin = -sin
-    x = x.to(compute)
+    cos, sin = _pair_tables(x, cos, sin, spec, inverse)
+    x = x.to(cos.dtype)
     still_dims = x.shape[-1] - spec.dim
     if not still_dims:
-        return _rotate_pairs(x, cos, sin, spec, inverse)
+        return _turn(x, cos, sin, spec, inverse)
     if spec.where == "trailing":
         still, turned = x.split((still_dims, spec.dim), -1)
-        return torch.cat((still, _rotate_pairs(turned, cos, sin, spec, inverse)), -1)
+        return torch.cat((still, _turn(turned, cos, sin, spec, inverse)), -1)
     turned, still = x.split((spec.dim, still_dims), -1)
-    return torch.cat((_rotate_pairs(turned, cos, sin, spec, inverse), still), -1)
+    return torch.cat((_turn(turned, cos, sin, spec, inverse), still), -1)
+
+
+def split_pairs(x: Tensor, spec: RopeSpec, *, rotated: bool = False) -> list[Tensor]:
+    """Take the pairs of x apart: [a, b], each [..., R/2], and the dims that pass unchanged [..., D - R], if any.
+
+    With rotated=True, x is ordered as `rotate` leaves it, which `spec.output` may have changed.
+    """
+    still_dims = x.shape[-1] - spec.dim
+    start = still_dims if spec.where == "trailing" else 0
+    turned = x[..., start : start + spec.dim]
+    if spec.layout == "half" or (rotated and spec.output == "half"):
+        a, b = (t.flatten(-2) for t in turned.unflatten(-1, (spec.blocks, 2, -1)).unbind(-2))
+    else:
+        a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
+    if not still_dims:
+        return [a, b]
+    return [a, b, x[..., :still_dims] if start else x[..., spec.dim :]]
+
+
+def join_pairs(parts: list[Tensor], spec: RopeSpec, *, rotated: bool = False) -> Tensor:
+    """Undo `split_pairs`, with one concatenation."""
+    a, b, *still = parts
+    if spec.layout == "half" or (rotated and spec.output == "half"):
+        blocks = zip(a.chunk(spec.blocks, -1), b.chunk(spec.blocks, -1), strict=True)
+        turned = [half for block in blocks for half in block]
+    else:
+        turned = [torch.stack((a, b), -1).flatten(-2)]
+    return torch.cat((*still, *turned) if spec.where == "trailing" else (*turned, *still), -1)
+
+
+def rotate_pairs(
+    parts: list[Tensor], cos: Tensor, sin: Tensor, spec: RopeSpec, *, inverse: bool = False
+) -> list[Tensor]:
+    """`rotate` on what `split_pairs` took apart."""
+    a, b, *still = parts
+    cos, sin = _pair_tables(a, cos, sin, spec, inverse)
+    a, b = a.to(cos.dtype), b.to(cos.dtype)
+    return [a * cos - b * sin, b * cos + a * sin, *still]
 
 
 def pair_table(table: Tensor, spec: RopeSpec, input_dtype: torch.dtype) -> Tensor:
@@ -138,7 +173,14 @@ def pair_table(table: Tensor, spec: RopeSpec, input_dtype: torch.dtype) -> Tenso
     return table if table.dim() == 4 else table.unsqueeze(-2)
 
 
-def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, inverse: bool) -> Tensor:
+def _pair_tables(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Both tables by pairs, in the dtype of the rotation, of the angles that x turns by."""
+    compute = x.dtype if spec.compute_dtype == "input" else torch.promote_types(x.dtype, spec.compute_dtype)
+    cos, sin = (pair_table(t, spec, x.dtype).to(compute) for t in (cos, sin))
+    return cos, -sin if (spec.sign < 0) != inverse else sin
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, inverse: bool) -> Tensor:
     source = spec.layout
     target = "half" if spec.output == "half" else spec.layout
     if inverse:

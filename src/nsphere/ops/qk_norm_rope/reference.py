@@ -4,13 +4,17 @@ Shape legend: x is [B, T, H, D]; R rotated dims. Everything is fp32 inside (fp64
 """
 
 import dataclasses
+import functools
+import math
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsphere.norms import NormSpec, compute_dtype, eps_of, standardize
-from nsphere.rope import RopeSpec, rotate
+from nsphere.rope import RopeSpec, join_pairs, rotate, rotate_pairs, split_pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,89 +108,140 @@ def backward(
     """
     dtype, wide = grad.dtype, compute_dtype(grad)
     grad = grad.to(wide)
-    cos, sin, rope = t.cos, t.sin, spec.rope
-
-    def turn(y: Tensor, back: bool = False) -> Tensor:
-        if rope is None or cos is None or sin is None:
-            return y
-        return rotate(y, cos, sin, rope, inverse=back)
-
+    parts = _Parts(spec, t)
     if spec.norm is None:
         dm = None
         if t.multiplier is not None and saved is not None and wanted[2]:
-            dm = _sum_to(grad * turn(saved.to(wide)) * t.constant, t.multiplier)
-        return turn(_multiply(grad, t.multiplier, t.constant), back=True).to(dtype), None, None, dm
+            dm = _sum_to(grad * parts.turn([saved.to(wide)])[0] * t.constant, t.multiplier)
+        [dx] = parts.turn([_multiply(grad, t.multiplier, t.constant)], back=True)
+        return dx.to(dtype), None, None, dm
 
     norm, eps = spec.norm, eps_of(spec.norm, dtype)
     assert saved is not None and inverse is not None
     saved = saved.to(wide)
+    row, dims = groups(grad, spec.over)
+    width = 1 if norm.statistic == "l2" else math.prod([row.shape[i] for i in dims])
 
-    def over_row(product: Tensor, dims: tuple[int, ...]) -> Tensor:
-        return product.sum(dims, keepdim=True) if norm.statistic == "l2" else product.mean(dims, keepdim=True)
+    def over_row(products: list[Tensor]) -> Tensor:
+        total = _add([p.sum(dims, keepdim=True) for p in products])
+        return total if width == 1 else total / width
 
-    def along(product: Tensor, squares: Callable[[], Tensor], dims: tuple[int, ...]) -> Tensor:
+    def along(products: list[Tensor], squares: Callable[[], list[Tensor]]) -> Tensor:
         """How much of u · x̂ the statistic takes away again; `squares` are those of x̂."""
-        taken = over_row(product, dims)
+        taken = over_row(products)
         if norm.eps_place == "clamp" and eps > 0:
             # a clamped row's 1/root is 1/eps but for rounding, which differs between compilers
             return torch.where(inverse < (1 - 4 * torch.finfo(wide).eps) / eps, taken, 0.0)
         if norm.eps_place == "added" and eps > 0:
             # √s / (√s + eps) from x̂ itself: 1 - eps/root cancels in short rows
-            share = over_row(squares(), dims).sqrt()
+            share = over_row(squares()).sqrt()
             return torch.where(share > 0, taken / share, 0.0)
         return taken
+
+    def centred(each: list[Tensor], by: list[Tensor] | None = None) -> list[Tensor]:
+        if norm.statistic != "layer":
+            return each
+        centre = over_row(by or each)
+        return [x - centre for x in each]
+
+    if from_output(t) and undo is None and spec.norm_first and spec.rope is not None and t.cos is not None:
+        assert t.sin is not None
+        undo = undo_factors(t.cos, t.sin, spec.rope, grad.shape[-1], wide)
 
     if from_output(t) and spec.norm_first and isinstance(spec.over, str):
         # R turns within what a statistic spans, so u · x̂ = grad · y, and one rotation takes back both terms of dx
         constant = t.constant * norm.scale
-        if undo is None and rope is not None and cos is not None and sin is not None:
-            undo = undo_factors(cos, sin, rope, grad.shape[-1], wide)
-        product, dims = groups(grad * saved, spec.over)
-
-        def squares() -> Tensor:
-            return groups(saved * (saved if undo is None else saved * undo), spec.over)[0] / constant**2
-
-        part = (along(product, squares, dims) / constant) * saved
-        dx = turn(grad * constant - (part if undo is None else part * undo), back=True)
-        if norm.statistic == "layer":
-            dx = dx - dx.mean(dims, keepdim=True)
+        turned = saved if undo is None else saved * undo
+        part = along([grad * saved], lambda: [saved * turned / constant**2]) / constant
+        [dx] = centred(parts.turn([grad * constant - part * turned], back=True))
         return (dx * inverse).to(dtype), None, None, None
 
-    whole = _multiply(grad, t.multiplier, t.constant)
-    whole = turn(whole, back=True) if spec.norm_first else whole
-    u, dims = groups(whole, spec.over)
+    u = parts.split(_multiply(grad, t.multiplier, t.constant), turned=True)
+    u = parts.turn(u, back=True) if spec.norm_first else u
+    wholes = u
+    u = [groups(p, spec.over)[0] for p in wholes]
     factor = broadcast(t.weight, spec, grad.shape, wide)
+    shift = broadcast(t.bias, spec, grad.shape, wide)
     if from_output(t):
-        normed = saved / t.constant
-        if spec.norm_first and rope is not None and cos is not None and sin is not None:
-            undo = undo_factors(cos, sin, rope, grad.shape[-1], wide) if undo is None else undo
-            normed = turn(normed * undo, back=True)
-        standard = groups(normed, spec.over)[0] / norm.scale
+        normed = [saved / t.constant]
+        if spec.norm_first and undo is not None:
+            normed = parts.turn([normed[0] * undo], back=True)
+        standard = [groups(normed[0], spec.over)[0] / norm.scale]
     else:
-        normed = saved if spec.norm_first else turn(saved)
-        standard, _ = groups(normed, spec.over)
-        if norm.statistic == "layer":
-            standard = standard - standard.mean(dims, keepdim=True)
-        standard = standard * inverse
+        normed = parts.split(saved) if spec.norm_first else parts.turn([saved])
+        standard = [groups(p, spec.over)[0] for p in normed]
+        standard = [p * inverse for p in centred(standard)]
 
     dw = db = dm = None
     if t.weight is not None and factor is not None:
         if wanted[0]:
-            dw = _sum_to(u * standard * norm.scale, factor).reshape(t.weight.shape)
+            dw = parts.sum_to([p * norm.scale for p in _times(u, standard)], factor).reshape(t.weight.shape)
         if t.bias is not None and wanted[1]:
-            db = _sum_to(u, factor).reshape(t.bias.shape)
+            db = parts.sum_to(u, factor).reshape(t.bias.shape)
     factor = 1 + factor if factor is not None and norm.zero_centered else factor
+    factors = parts.spread(factor, len(u))
     if t.multiplier is not None and wanted[2]:
-        before = _affine(standard, factor, broadcast(t.bias, spec, grad.shape, wide), norm.scale)
-        before = put_back(before, normed, spec.over)
-        dm = _sum_to(grad * (turn(before) if spec.norm_first else before) * t.constant, t.multiplier)
+        shifts = parts.spread(shift, len(u))
+        before = [_affine(*p, norm.scale) for p in zip(standard, factors, shifts, strict=True)]
+        before = [put_back(b, p, spec.over) for b, p in zip(before, normed, strict=True)]
+        y = parts.turn(before) if spec.norm_first else before
+        products = _times(parts.split(grad, turned=True), y)
+        dm = parts.sum_to([p * t.constant for p in products], t.multiplier, turned=True)
 
-    u = _affine(u, factor, None, norm.scale)
-    dx = u - standard * along(u * standard, lambda: standard * standard, dims)
-    if norm.statistic == "layer":
-        dx = dx - u.mean(dims, keepdim=True)
-    dx = put_back(dx * inverse, whole, spec.over)
-    return (dx if spec.norm_first else turn(dx, back=True)).to(dtype), dw, db, dm
+    u = [_affine(p, f, None, norm.scale) for p, f in zip(u, factors, strict=True)]
+    part = along(_times(u, standard), lambda: _times(standard, standard))
+    steps = centred([a - b * part for a, b in zip(u, standard, strict=True)], u)
+    steps = [put_back(d * inverse, whole, spec.over) for d, whole in zip(steps, wholes, strict=True)]
+    steps = steps if spec.norm_first else parts.turn(steps, back=True)
+    return parts.join([d.to(dtype) for d in steps]), dw, db, dm
+
+
+class _Parts:
+    """What the backward works on: x, or, where R turns within a statistic, the halves of its pairs and the rest.
+
+    These are joined once, at the end: of a pair that is turned whole the compiler loads each half twice.
+    """
+
+    def __init__(self, spec: SideSpec, t: SideTensors):
+        self.rope, self.cos, self.sin = spec.rope, t.cos, t.sin
+        rows = spec.norm is not None and spec.norm_first and isinstance(spec.over, str)
+        # without the sums of a weight's gradient the whole is as fast or faster
+        self.apart = rows and not from_output(t)
+
+    def split(self, x: Tensor, *, turned: bool = False) -> list[Tensor]:
+        if not self.apart or self.rope is None:
+            return [x]
+        return split_pairs(x, self.rope, rotated=turned)
+
+    def join(self, parts: list[Tensor], *, turned: bool = False) -> Tensor:
+        if not self.apart or self.rope is None:
+            return parts[0]
+        return join_pairs(parts, self.rope, rotated=turned)
+
+    def turn(self, parts: list[Tensor], *, back: bool = False) -> list[Tensor]:
+        if self.rope is None or self.cos is None or self.sin is None:
+            return parts
+        if self.apart:
+            return rotate_pairs(parts, self.cos, self.sin, self.rope, inverse=back)
+        return [rotate(parts[0], self.cos, self.sin, self.rope, inverse=back)]
+
+    def spread(self, w: Tensor | None, number: int, *, turned: bool = False) -> list[Any]:
+        """What of w meets each part."""
+        return [w] * number if w is None or w.dim() == 0 or w.shape[-1] == 1 else self.split(w, turned=turned)
+
+    def sum_to(self, parts: list[Tensor], like: Tensor, *, turned: bool = False) -> Tensor:
+        """Sum over what broadcasting gave the parts beyond `like`."""
+        likes = self.spread(like, len(parts), turned=turned)
+        sums = [_sum_to(p, w) for p, w in zip(parts, likes, strict=True)]
+        return _add(sums) if likes[0] is like else self.join(sums, turned=turned)
+
+
+def _times(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    return [x * y for x, y in zip(a, b, strict=True)]
+
+
+def _add(terms: list[Tensor]) -> Tensor:
+    return functools.reduce(operator.add, terms)
 
 
 def undo_factors(cos: Tensor, sin: Tensor, rope: RopeSpec, head_dim: int, dtype: torch.dtype) -> Tensor:
