@@ -31,7 +31,7 @@ Flat = tuple[Tensor | None, ...]
 _FIELDS = ("weight", "bias", "cos", "sin", "multiplier")
 _FREE = (0, 0, -1, -1, -2)
 # Plans, and ways to lay out their tensors, whose code is kept; a program has a few of each.
-_MAX_PLANS, _MAX_KINDS = 256, 32
+_MAX_PLANS, _MAX_KINDS, _MAX_LOOKS = 256, 32, 256
 _serial = itertools.count()
 _undo_factors: Any = WeakIdKeyDictionary()
 
@@ -170,16 +170,27 @@ def _compile(function: Callable[..., Any], free: tuple[int, ...]) -> Callable[..
     ninth. Tensors go in detached, so that it makes no difference between training and evaluation.
     """
     variants: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    seen: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by what is quick to ask for; most calls are like the last
 
-    def call(*tensors: Tensor | None) -> Any:
-        detached = tuple(None if t is None else t.detach() for t in tensors)
-        kind = tuple(None if t is None else _kind(t) for t in detached)
+    def variant(tensors: tuple[Tensor | None, ...]) -> Callable[..., Any]:
+        kind = tuple(None if t is None else _kind(t) for t in tensors)
         if kind not in variants:
             if len(variants) == _MAX_KINDS:
                 variants.pop(next(iter(variants)))
+                seen.clear()
             variants[kind] = _for_all_lengths(function, free)
+        return variants[kind]
+
+    def call(*tensors: Tensor | None) -> Any:
+        looks = tuple(
+            None if t is None else (t.dtype, t.device, t.shape, t.stride(), t.is_inference()) for t in tensors
+        )
+        if looks not in seen:
+            if len(seen) == _MAX_LOOKS:
+                seen.clear()
+            seen[looks] = variant(tensors)
         with torch.no_grad():
-            return variants[kind](*detached)
+            return seen[looks](*(None if t is None else t.detach() for t in tensors))
 
     return call
 
