@@ -35,7 +35,12 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.json
+	$(BIN)/nsphere bench step --rounds 9 --json benchmarks/results/step.json
+	$(BIN)/nsphere bench optimizer --json benchmarks/results/optimizer.json
+	$(BIN)/nsphere bench memory --json benchmarks/results/memory.json
+	$(BIN)/nsphere bench decode --json benchmarks/results/decode.json
+	$(BIN)/nsphere bench peers --json benchmarks/results/peers.json
+	$(BIN)/python benchmarks/qk.py --json benchmarks/results/qk.json
 
 clean:
 	rm -rf $(VENV) runs build dist docs/_build

@@ -33,6 +33,7 @@ usage: nsphere COMMAND [flags]      (nsphere COMMAND --help tells the flags)
   import     a model from elsewhere, as a run folder
   export     a trained model for transformers, ONNX and others
   families   the published QK-norm variants, as a table
+  bench      what a step, the optimizer, memory and generation cost here, and what other nGPTs do
   info       what this machine can do, and why not
 
 Every command takes --import FILE.py (or an installed module): code of yours, such as a norm, to have by name.
@@ -473,6 +474,32 @@ def _info(argv: list[str]) -> None:
     print(info_table())
 
 
+BENCHMARKS = {
+    "step": "a training step of nGPT over GPT's, in parts",
+    "optimizer": "AdamW, AdamW and the projection, SphereAdamW",
+    "memory": "the peak of a step, and what a block keeps for its backward",
+    "decode": "generation: reading a prompt, and a token after it",
+    "peers": "nGPT steps of other packages, as far as they are installed",
+}
+
+
+def _bench(argv: list[str]) -> None:
+    import importlib
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: nsphere bench WHAT [flags]      (nsphere bench WHAT --help tells the flags)\n")
+        print("\n".join(f"  {name:10} {about}" for name, about in BENCHMARKS.items()))
+        if not argv:
+            raise ValueError(f"say what to measure: {', '.join(BENCHMARKS)}")
+        return
+    if argv[0] not in BENCHMARKS:
+        from nsphere.train.arms import nearest
+
+        raise ValueError(f"unknown benchmark {argv[0]!r}; {nearest(argv[0], BENCHMARKS)}")
+    module = importlib.import_module(f"nsphere.bench.{argv[0]}")
+    module.main(_parse(module.Args, f"bench {argv[0]}", argv[1:]))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _compare,
     "train": _train,
@@ -482,6 +509,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "import": _import,
     "export": _export,
     "families": _families,
+    "bench": _bench,
     "info": _info,
 }
 

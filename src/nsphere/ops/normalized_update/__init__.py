@@ -1,9 +1,10 @@
 """The residual step of nGPT: h ← Norm(h + |α| (Norm(o) − h))."""
 
+import torch
 from torch import Tensor
 
 from nsphere.ops import backend as backends
-from nsphere.ops.normalized_update import reference
+from nsphere.ops.normalized_update import lean, reference
 from nsphere.ops.normalized_update.reference import unit
 
 __all__ = ["normalized_update", "unit"]
@@ -30,11 +31,14 @@ def normalized_update(h: Tensor, o: Tensor, eigen_lr: Tensor, *, backend: str | 
 
     Source: arXiv 2410.01131, equations 10 and 11.
     """
-    if backends.choose_for(h.device.type, backend) == "triton":
+    chosen = backends.choose_for(h.device.type, backend)
+    if chosen == "triton":
         from nsphere.ops.normalized_update import triton
 
         reason = triton.why_not(h, o, eigen_lr)
         if reason is None:
             return triton.normalized_update(h, o, eigen_lr)
         backends.refuse_or_log(backend, "triton", f"normalized_update: {reason}")
+    if torch.compiler.is_compiling() and chosen == "compiled" and type(h) is type(o) is Tensor:
+        return lean.normalized_update(h, o, eigen_lr)
     return reference.normalized_update(h, o, eigen_lr)

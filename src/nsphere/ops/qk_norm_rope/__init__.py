@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsphere.ops import backend as backends
-from nsphere.ops.qk_norm_rope import lean, reference
+from nsphere.ops.qk_norm_rope import lean, reference, traced
 from nsphere.ops.qk_norm_rope.reference import SideSpec, SideTensors
 
 __all__ = ["SideSpec", "SideTensors", "norm_rope", "qk_norm_rope"]
@@ -71,7 +71,12 @@ def _run(
     asked = backend or backends.asked_by_environment()
     chosen = "reference" if reason is not None else backends.choose(sides[0].device, asked)
     if reason is not None or asked == "reference":
-        return tuple(reference.forward(x, t, spec)[0] for x, t, spec in zip(sides, values, specs, strict=True))
+        return tuple(
+            traced.norm_rope(x, spec, t)
+            if reason == _TRACED and asked != "reference" and traced.suits(x, spec, t)
+            else reference.forward(x, t, spec)[0]
+            for x, t, spec in zip(sides, values, specs, strict=True)
+        )
     big = asked is not None or sides[0].numel() >= MIN_COMPILED_ELEMENTS
     shapes = tuple((x.shape[-2], x.shape[-1]) for x in sides)
     return lean.run(sides, values, lean.Plan(specs, shapes, compiled=chosen == "compiled" and big))

@@ -1,0 +1,83 @@
+"""What does generation cost: tokens a second while reading a prompt, milliseconds a token afterwards?"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nsphere.bench import harness
+from nsphere.bench.step import SIZES, SizeName
+from nsphere.generate import Sampling, generate
+from nsphere.layers import Decoder
+from nsphere.presets import make_model
+from nsphere.train.config import model_config, resolve
+
+ARMS = ("gpt-qknorm", "ngpt")
+
+
+@dataclass(frozen=True)
+class Args:
+    """nGPT over GPT + QK-norm in generation, one row, greedy, by turns."""
+
+    size: SizeName = "d512"
+    """As in `nsphere bench step`."""
+    prompt_tokens: int = 256
+    """Length of the prompt."""
+    new_tokens: int = 64
+    """Tokens made after it."""
+    rounds: int = 7
+    """Runs of each that count."""
+    bf16: bool = False
+    """Under bf16 autocast; fp32 else."""
+    json: Path | None = None
+    """Where to write the numbers."""
+
+
+def main(args: Args) -> None:
+    """Measure, print, write."""
+    size, device = SIZES[args.size], "cuda" if torch.cuda.is_available() else "cpu"
+    prompt = torch.randint(size.vocab_size, (args.prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def candidate(model: Decoder) -> Callable[[], dict[str, float]]:
+        def read() -> None:
+            next(iter(generate(model, prompt, 1, Sampling(temperature=0))))
+
+        def read_and_go_on() -> None:
+            for _ in generate(model, prompt, args.new_tokens + 1, Sampling(temperature=0)):
+                pass
+
+        def run() -> dict[str, float]:
+            context = torch.autocast(device, dtype=torch.bfloat16) if args.bf16 else contextlib.nullcontext()
+            with context:
+                prefill = harness.milliseconds(read)()["ms"]
+                whole = harness.milliseconds(read_and_go_on)()["ms"]
+            return {"prefill": prefill, "token": (whole - prefill) / args.new_tokens}
+
+        return run
+
+    models = {
+        arm: make_model(model_config(arm, resolve(arm, size.config), size.vocab_size)).to(device).eval() for arm in ARMS
+    }
+    candidates = {arm: candidate(model) for arm, model in models.items()}
+    for run in candidates.values():
+        run()
+    values = harness.interleave(candidates, args.rounds)
+    results, rows = {}, []
+    for arm in ARMS:
+        prefill, token = (harness.quartiles(values[arm][key]) for key in ("prefill", "token"))
+        over = {key: harness.ratios(values[arm][key], values[ARMS[0]][key]) for key in ("prefill", "token")}
+        rate = 1e3 * args.prompt_tokens / prefill[1]
+        results[arm] = {
+            "prefill_ms": prefill,
+            "prefill_tokens_per_s": rate,
+            "token_ms": token,
+            "prefill_over_gpt_qknorm": over["prefill"],
+            "token_over_gpt_qknorm": over["token"],
+        }
+        rows.append(
+            [arm, f"{rate:,.0f}", harness.spread(over["prefill"]), harness.spread(token), harness.spread(over["token"])]
+        )
+    header = ["arm", "prefill tokens/s", "time over gpt-qknorm", "ms a token", "over gpt-qknorm"]
+    harness.finish(f"generation, {args.size}", header, rows, results, args.json)

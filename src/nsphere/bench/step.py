@@ -1,0 +1,134 @@
+"""What does a training step of nGPT cost, over GPT and over GPT + QK-norm, and where does it go?"""
+
+import dataclasses
+import itertools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from nsphere.bench import harness
+from nsphere.train.config import RunOptions, TrainConfig, resolve
+from nsphere.train.data import Corpus, TokenSplit
+from nsphere.train.gradients import clip_grad_norm_
+from nsphere.train.timing import peak_memory
+from nsphere.train.tokenizer import ByteTokenizer
+from nsphere.train.trainer import Trainer
+
+ARMS = ("gpt", "gpt-qknorm", "ngpt")
+PARTS = ("forward", "backward", "clip", "optimizer")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A shape to measure at."""
+
+    config: TrainConfig
+    vocab_size: int
+
+
+SIZES = {
+    "demo": Size(TrainConfig(preset="demo"), 256),
+    "d512": Size(TrainConfig(preset="demo", d_model=512, num_layers=8, num_heads=8, context=512, batch_size=8), 8192),
+    "0.5b-1k": Size(TrainConfig(preset="0.5b", context=1024, batch_size=16), 32000),
+    "0.5b-4k": Size(TrainConfig(preset="0.5b", context=4096, batch_size=4), 32000),
+    "0.5b-8k": Size(TrainConfig(preset="0.5b", context=8192, batch_size=2), 32000),
+}
+SizeName = Literal["demo", "d512", "0.5b-1k", "0.5b-4k", "0.5b-8k"]
+
+
+@dataclass(frozen=True)
+class Args:
+    """Step times of nGPT over GPT: forward, backward, clipping, optimizer with projection; by turns, one process."""
+
+    sizes: tuple[SizeName, ...] = ("demo", "d512")
+    """demo: the demo's; d512: d_model 512, 8 layers, context 512, vocabulary 8192, batch 8; 0.5b: for a GPU."""
+    rounds: int = 15
+    """Steps of each arm that count."""
+    modes: tuple[Literal["compiled", "eager"], ...] = ("compiled", "eager")
+    """How the models run."""
+    arms: tuple[str, ...] = ARMS
+    """What to measure; the first two are what the others are divided by."""
+    json: Path | None = None
+    """Where to write the numbers."""
+
+
+def random_corpus(vocab_size: int) -> Corpus:
+    """Tokens without meaning: the cost of a step does not depend on them."""
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 200_000, dtype=np.uint16)
+    split = TokenSplit("training", tokens)
+    return Corpus(split, split, vocab_size, ByteTokenizer(), "", "random", None)
+
+
+def make_trainers(size: Size, arms: tuple[str, ...], compiled: bool) -> dict[str, Trainer]:
+    """A trainer for each arm, on random tokens."""
+    corpus, options = random_corpus(size.vocab_size), RunOptions(compile=compiled)
+    config = dataclasses.replace(size.config, steps=10_000, eval_sequences=8)
+    return {arm: Trainer(arm, resolve(arm, config), options, corpus) for arm in arms}
+
+
+def timed_step(trainer: Trainer) -> dict[str, float]:
+    """One step in parts, ms. nGPT's projection is part of its optimizer's step."""
+    batch = trainer.batches(trainer.num_steps).to(trainer.device)
+    harness.synchronize()
+    marks = [time.perf_counter()]
+
+    def mark() -> None:
+        harness.synchronize()
+        marks.append(time.perf_counter())
+
+    with trainer.autocast():
+        loss = trainer.model.loss(*batch)
+    mark()
+    loss.backward()
+    mark()
+    clip_grad_norm_(trainer.model, 1.0, trainer.world)
+    mark()
+    for optimizer in trainer.optimizers:
+        optimizer.step()
+    trainer.model.zero_grad(set_to_none=True)
+    mark()
+    trainer.num_steps += 1
+    parts = dict(zip(PARTS, (1e3 * (b - a) for a, b in itertools.pairwise(marks)), strict=True))
+    return parts | {"total": 1e3 * (marks[-1] - marks[0])}
+
+
+def measure(size: Size, mode: str, rounds: int, arms: tuple[str, ...] = ARMS) -> dict[str, dict[str, Any]]:
+    """All arms at one size."""
+    torch._dynamo.reset()
+    trainers = make_trainers(size, arms, mode == "compiled")
+    for _ in range(2):
+        for trainer in trainers.values():
+            timed_step(trainer)
+    values = harness.interleave({arm: lambda t=t: timed_step(t) for arm, t in trainers.items()}, rounds)  # type: ignore[misc]
+    return {
+        arm: {
+            "ms": {part: harness.quartiles(values[arm][part]) for part in (*PARTS, "total")},
+            **{f"over_{base}": harness.ratios(values[arm]["total"], values[base]["total"]) for base in arms[:2]},
+            "peak_memory_bytes": peak_memory(trainers[arm]),
+        }
+        for arm in arms
+    }
+
+
+def main(args: Args) -> None:
+    """Measure, print, write."""
+    results, rows = {}, []
+    for size in args.sizes:
+        for mode in args.modes:
+            found = results[f"{size} {mode}"] = measure(SIZES[size], mode, args.rounds, args.arms)
+            for arm, r in found.items():
+                memory = "–" if r["peak_memory_bytes"] is None else f"{r['peak_memory_bytes'] / 2**20:,.0f}"
+                rows.append(
+                    [
+                        f"{size} {mode} {arm}",
+                        *(f"{r['ms'][part][1]:.1f}" for part in (*PARTS, "total")),
+                        *(harness.spread(r[f"over_{base}"], 3) for base in args.arms[:2]),
+                        memory,
+                    ]
+                )
+    header = ["size, mode, arm", *PARTS, "total ms", *(f"over {base}" for base in args.arms[:2]), "peak MiB"]
+    harness.finish("training step", header, rows, results, args.json)

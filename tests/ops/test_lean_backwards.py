@@ -1,0 +1,102 @@
+"""The backwards that compiled graphs use, which keep little, against autograd's of the references."""
+
+import pytest
+import torch
+from tolerances import assert_close
+
+from nsphere.norms import L2Norm, RMSNorm
+from nsphere.ops.normalized_update import lean, reference
+from nsphere.ops.qk_norm_rope import reference as qk_reference
+from nsphere.ops.qk_norm_rope import traced
+from nsphere.ops.qk_norm_rope.reference import SideSpec, SideTensors
+from nsphere.rope import RopeSpec
+
+
+def gradients(function, inputs, seed=3):
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    y = function(*inputs)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(y.dtype))]
+
+
+def update_inputs(h_dtype, o_dtype, width=48, length=0.1):
+    generator = torch.Generator().manual_seed(0)
+    h, o = torch.randn(2, 3, 16, width, generator=generator, dtype=torch.float64)
+    eigen_lr = torch.rand(width, generator=generator, dtype=torch.float64)
+    h = h / h.norm(dim=-1, keepdim=True)
+    wide = torch.promote_types(h_dtype, torch.float32)
+    return h.to(h_dtype), (length * o).to(o_dtype), eigen_lr.to(wide)
+
+
+@pytest.mark.parametrize("lr_shape", ["vector", "one", "zero-dim"])
+def test_update_in_fp64_has_autograds_gradients(lr_shape):
+    h, o, eigen_lr = update_inputs(torch.float64, torch.float64)
+    o[0, 3] = 0  # a row without direction
+    eigen_lr = {"vector": eigen_lr, "one": eigen_lr[:1], "zero-dim": eigen_lr[0]}[lr_shape]
+    got = gradients(lean.normalized_update, (h, o, eigen_lr))
+    for a, b in zip(got, gradients(reference.normalized_update, (h, o, eigen_lr)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "h_dtype, o_dtype", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
+)
+def test_update_in_low_precision_is_within_its_dtypes_rounding(h_dtype, o_dtype):
+    """What autocast makes of h for the product that follows is all that its backward sees of it: bf16."""
+    inputs = update_inputs(getattr(torch, h_dtype), getattr(torch, o_dtype))
+    got = gradients(lean.normalized_update, inputs)
+    plain = gradients(reference.normalized_update, inputs)
+    truth = gradients(reference.normalized_update, [x.double() for x in inputs])
+    assert torch.equal(got[0], plain[0])
+    lower = getattr(torch, o_dtype)
+    for a, p, t, name in zip(got[1:], plain[1:], truth[1:], ("h", "o", "eigen_lr"), strict=True):
+        assert_close(a.to(lower), t, p.to(lower), name)
+        assert a.dtype == p.dtype
+
+
+@pytest.mark.parametrize("norm", [L2Norm(8), RMSNorm(8, weight="none")], ids=["l2", "rms"])
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("multiplied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_q_and_k_from_their_outputs(norm, norm_first, multiplied, dtype):
+    rope = RopeSpec(8)
+    cos, sin = rope.tables(5)
+    spec = SideSpec(norm=norm.spec, rope=rope, norm_first=norm_first)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, generator=generator, dtype=torch.float64).to(dtype)
+    multiplier = torch.randn(3, 8, generator=generator, dtype=torch.float64)
+    multiplier[1, 2] = 0  # nothing can be rebuilt from what it leaves
+    multiplier = multiplier.to(torch.promote_types(dtype, torch.float32))
+
+    def run(forward):
+        def function(x, multiplier=None):
+            t = SideTensors(cos=cos, sin=sin, multiplier=multiplier)
+            return forward(x, spec, t)
+
+        return function
+
+    plain = run(lambda x, spec, t: qk_reference.forward(x, t, spec)[0])
+    inputs = (x, multiplier) if multiplied else (x,)
+    assert traced.suits(x.requires_grad_(), spec, SideTensors(cos=cos, sin=sin))
+    got, expected = gradients(run(traced.norm_rope), inputs), gradients(plain, inputs)
+    if dtype == torch.float64:
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+        return
+    truth = gradients(plain, [i.double() for i in inputs])
+    assert torch.equal(got[0], expected[0])
+    for a, p, t in zip(got[1:], expected[1:], truth[1:], strict=True):
+        assert_close(a.to(dtype), t, p.to(dtype))
+
+
+def test_weights_factors_of_zero_and_tables_with_gradients_are_left_to_autograd():
+    x = torch.randn(1, 2, 1, 8, requires_grad=True)
+    spec = SideSpec(norm=L2Norm(8).spec, rope=None)
+    assert traced.suits(x, spec, SideTensors())
+    assert not traced.suits(x.detach(), spec, SideTensors())
+    assert not traced.suits(x, SideSpec(norm=None, rope=None), SideTensors())
+    assert not traced.suits(x, spec, SideTensors(weight=torch.ones(8)))
+    assert not traced.suits(x, spec, SideTensors(constant=0.0))
+    assert not traced.suits(x, spec, SideTensors(cos=torch.ones(2, 4, requires_grad=True), sin=torch.ones(2, 4)))
+    with torch.no_grad():
+        assert not traced.suits(x, spec, SideTensors())
