@@ -22,7 +22,11 @@ def check(qk, q, k, grads, tables, allowed=FP32):
     expected = truth(qk, q, k, tables, grads)
     got = plain.gradients(qk, q, k, tables, grads, torch.float32, "triton")
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        assert error(a, b) <= allowed, f"output {i}: {error(a, b):.3g}"
+        size = b.abs().max().item()
+        if b.numel() < k.numel():  # a sum over tokens, which may cancel: what counts is the size of such a sum
+            size = max(size, (q.numel() / b.numel()) ** 0.5)
+        off = (a.double() - b).abs().max().item() / max(size, 1e-300)
+        assert off <= allowed, f"output {i}: {off:.3g}"
 
 
 @pytest.mark.parametrize("rope", sorted(ROPES))
