@@ -1,4 +1,4 @@
-"""Checkpoints and failures of jobs of several ranks; run by test_ranks.py.
+"""Checkpoints and failures of jobs of several ranks; run by test_rank_faults.py.
 
 Ranks are forked, which needs a process in which nothing was differentiated before. So nothing here computes outside of
 them.

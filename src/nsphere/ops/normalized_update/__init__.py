@@ -39,6 +39,7 @@ def normalized_update(h: Tensor, o: Tensor, eigen_lr: Tensor, *, backend: str | 
         if reason is None:
             return triton.normalized_update(h, o, eigen_lr)
         backends.refuse_or_log(backend, "triton", f"normalized_update: {reason}")
-    if torch.compiler.is_compiling() and chosen == "compiled" and type(h) is type(o) is Tensor:
+    trained = torch.is_grad_enabled() and (h.requires_grad or o.requires_grad or eigen_lr.requires_grad)
+    if torch.compiler.is_compiling() and trained and chosen == "compiled" and type(h) is type(o) is Tensor:
         return lean.normalized_update(h, o, eigen_lr)
     return reference.normalized_update(h, o, eigen_lr)
