@@ -229,7 +229,14 @@ def start(layout: Layout, device_name: str = "auto") -> Iterator[World]:
     joined = dist.is_initialized()
     if not joined:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=wait, device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(
+            backend,
+            timeout=wait,
+            device_id=device if device.type == "cuda" else None,
+            store=_store(wait),
+            rank=launched_rank(),
+            world_size=size,
+        )
     try:
         shape = (layout.dp_replicate, layout.dp_shard or 1, layout.tp)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
@@ -239,6 +246,17 @@ def start(layout: Layout, device_name: str = "auto") -> Iterator[World]:
     finally:
         if not joined:
             dist.destroy_process_group()
+
+
+def _store(wait: timedelta) -> dist.Store:
+    """The store that torchrun keeps, without what the ranks of an earlier start left in it.
+
+    torchrun keeps one store over restarts on one node, and gloo would read the addresses of ranks that are gone.
+    Several nodes number their restarts apart, so there the name must not differ, and torchrun's rendezvous has to do.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=wait))
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0", store)
 
 
 def _set_timeout(wait: timedelta, group: Any) -> None:

@@ -15,7 +15,7 @@ EX_TEMPFAIL = 75
 
 
 class LostRank(Exception):
-    """A rank died or hangs; the message names it and its step on the lowest rank that is left, and is empty on others.
+    """A rank died or hangs; the message names it and its step.
 
     What was saved is good: start the job again. `exit_code` is 75, a temporary failure.
     """
@@ -82,7 +82,7 @@ class RollCall:
             return None
 
     def who_is_missing(self, number: int, patience: float = 5.0) -> str:
-        """The ranks that are lost, each with its step, once all others had time to notice; "" if another tells it."""
+        """The ranks that are lost, each with its step, once all others had time to notice."""
         self._note("noticed", str(number))
         end = time.monotonic() + patience
         others = [rank for rank in range(self.size) if rank != self.rank]
@@ -90,8 +90,6 @@ class RollCall:
         while missing and time.monotonic() < end:
             time.sleep(0.05)
             missing = [rank for rank in others if self._read("noticed", rank) is None]
-        if any(rank < self.rank for rank in others if rank not in missing):
-            return ""
         told = []
         for rank in missing:
             left = self._read("left", rank)
