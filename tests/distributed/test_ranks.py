@@ -72,7 +72,7 @@ def close(difference: dict[str, float]) -> bool:
 
 def test_two_ranks_train_as_one_process(two: dict[str, Any]) -> None:
     assert len(two["parity"]) >= 15
-    # the norm after the MLP undoes one scale for all of u: its gradient is 0 but for rounding, of which Adam makes a step
+    # the norm after the MLP undoes one scale of all of u: its gradient is rounding alone, of which Adam makes a step
     assert two["parity"]["ngpt-scalar-suv tp"].pop("weights") < 0.02
     two["parity"]["ngpt-scalar-suv tp"]["weights"] = 0.0
     assert {run: d for run, d in two["parity"].items() if not close(d)} == {}
