@@ -26,6 +26,7 @@ from nsphere.ops.launch import Launch
 from nsphere.ops.normalized_update import triton as update_kernels
 from nsphere.ops.qk_norm_rope import SideSpec, SideTensors
 from nsphere.ops.qk_norm_rope import triton as qk_kernels
+from nsphere.ops.sphere_adamw import triton as adamw_kernels
 from nsphere.rope import RopeSpec
 
 POINTERS = {
@@ -182,8 +183,33 @@ def qk_cases() -> Iterator[Case]:
             yield from qk_case(f"D {head_dim}, {name}", spec, head_dim, dtype, scale)
 
 
+def adamw_cases() -> Iterator[Case]:
+    """The matrices of the 0.5B preset (d 1024), fp32, and one weight without a norm."""
+    hyper = dict.fromkeys(adamw_kernels.NO_STEP, 0.5)
+    table = on_meta(1, 9, dtype=torch.int64)
+    for what, shape, dim in (("rows", (4096, 1024), 1), ("columns", (1024, 4096), 0), ("no norm", (32000,), None)):
+        w = on_meta(*shape, dtype=torch.float32)
+        step = on_meta(dtype=torch.float32)
+        for grad, copy in ((torch.float32, None), (torch.bfloat16, torch.bfloat16)):
+            rounded = None if copy is None else w.to(copy)
+            member = adamw_kernels.Tensors(w, dim, w.to(grad), w, w, rounded, step)
+            kind = adamw_kernels.kind_of(member)
+            launch = adamw_kernels.launch_for(kind, [member], table, hyper, seed=None, grad_scale=None, found_inf=None)
+            least = 6 * num_bytes(w) + num_bytes(member.grad, rounded)
+            moved = least + (2 * num_bytes(w) if kind.columns else 0)
+            name = f"sphere_adamw {what}, {str(grad).removeprefix('torch.')} gradient"
+            yield Case(name + (", bf16 copy" if copy else ""), launch, moved, least)
+        if dim is None:
+            continue
+        member = adamw_kernels.Tensors(w, dim)
+        kind = adamw_kernels.kind_of(member)
+        launch = adamw_kernels.launch_for(kind, [member], table, hyper, seed=None, grad_scale=None, found_inf=None)
+        moved = num_bytes(w) * (3 if kind.columns else 2)
+        yield Case(f"normalize_matrices {what}", launch, moved, 2 * num_bytes(w))
+
+
 def cases() -> list[Case]:
-    return [*update_cases(), *qk_cases()]
+    return [*update_cases(), *qk_cases(), *adamw_cases()]
 
 
 def main() -> int:

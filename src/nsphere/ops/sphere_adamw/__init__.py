@@ -54,8 +54,8 @@ def sphere_adamw_(
             exact; give another seed every step. None rounds to the nearest.
         grad_scale: 0-dim; gradients are divided by it (GradScaler).
         found_inf: 0-dim; where it is not 0 nothing changes, not even the step counts.
-        backend: "reference", torch's AdamW and then the projection; "compiled", on CPU one pass in C++; by default
-            the best that can run.
+        backend: "reference", torch's AdamW and then the projection; "compiled", on CPU one pass in C++; "triton",
+            all weights of a kind in one launch; by default the one that measured fastest.
 
     Raises:
         ValueError: for lists of unequal length, a weight that is not fp32, or a dim it does not have; for an unknown
@@ -71,7 +71,16 @@ def sphere_adamw_(
     options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     options |= {"rounded": rounded, "rounding_seed": rounding_seed, "grad_scale": grad_scale, "found_inf": found_inf}
     device = weights[0].device
-    if backends.choose(device, backend) == "compiled" and device.type == "cpu":
+    chosen = backends.choose_for(device.type, backend)
+    if chosen == "triton":
+        from nsphere.ops.sphere_adamw import triton
+
+        copies = [r for r in rounded or () if r is not None]
+        reason = triton.why_not(weights, dims, [*exp_avgs, *exp_avg_sqs], [*grads, *copies])
+        if reason is None:
+            return triton.step(*arguments, **options)
+        backends.refuse_or_log(backend, "triton", f"sphere_adamw_: {reason}")
+    if chosen == "compiled" and device.type == "cpu":
         reason = cpu.why_not(weights, exp_avgs, exp_avg_sqs, dims)
         if reason is None:
             return cpu.sphere_adamw_(*arguments, **options)

@@ -1,0 +1,125 @@
+"""The kernels of AdamW and projection in Triton's interpreter, against torch's AdamW and the formula in fp64."""
+
+import pytest
+import torch
+
+from nsphere.ops.normalize_matrices import normalize_matrices_
+from nsphere.ops.sphere_adamw import sphere_adamw_
+
+OPTIONS = {"lr": 0.02, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+SHAPES = [((5, 16), 1), ((6, 12), 1), ((3, 16), 1), ((140, 48), 0), ((7, 5), 0), ((7,), None), ((5, 300), None)]
+
+
+def draw(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape, _ in SHAPES]
+
+
+def state(weights):
+    kept = {name: [torch.zeros_like(w) for w in weights] for name in ("exp_avgs", "exp_avg_sqs")}
+    return kept | {"steps": [torch.zeros(()) for _ in weights], "dims": [dim for _, dim in SHAPES]}
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_steps_equal_torchs_adamw_followed_by_the_norm(grad_dtype):
+    weights, steps = draw(0), [draw(seed, grad_dtype) for seed in (1, 2)]
+    exact = [w.double() for w in weights]
+    kept, kept_exact = state(weights), state(exact)
+    rounded = [torch.full_like(w, torch.nan, dtype=torch.bfloat16) for w in weights[:4]] + [None] * 3
+    for grads in steps:
+        sphere_adamw_(weights, grads, **kept, **OPTIONS, rounded=rounded, backend="triton")
+        sphere_adamw_(exact, grads, **kept_exact, **OPTIONS, backend="reference")
+    for name in ("exp_avgs", "exp_avg_sqs"):
+        for a, b in zip(kept[name], kept_exact[name], strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-7)
+    for w, e, (_, dim) in zip(weights, exact, SHAPES, strict=True):
+        torch.testing.assert_close(w.double(), e, rtol=2e-6, atol=1e-6)
+        if dim is not None:
+            assert (w.double().norm(dim=dim) - 1).abs().max() <= 1e-6
+    assert all(step == 2 for step in kept["steps"])
+    for w, low in zip(weights[:4], rounded, strict=False):  # the interpreter cuts off where a GPU rounds
+        torch.testing.assert_close(low.double(), w.double(), rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+
+
+def test_late_steps_and_large_betas():
+    """1 - β^t by its series where it cancels and by the power where it does not."""
+    for late, beta2 in ((0.0, 0.9999), (3.0, 0.999), (5e4, 0.999)):
+        weights, grads = draw(0), draw(1)
+        exact = [w.double() for w in weights]
+        options = OPTIONS | {"betas": (0.9, beta2)}
+        kept, kept_exact = state(weights), state(exact)
+        for k in (kept, kept_exact):
+            k["steps"] = [torch.full((), late) for _ in weights]
+        sphere_adamw_(weights, grads, **kept, **options, backend="triton")
+        sphere_adamw_(exact, grads, **kept_exact, **options, backend="reference")
+        for w, e in zip(weights, exact, strict=True):
+            torch.testing.assert_close(w.double(), e, rtol=2e-6, atol=1e-6)
+
+
+def test_scaled_gradients_and_a_step_that_found_infinities():
+    weights, grads = draw(0), draw(1)
+    scaled, times = [w.clone() for w in weights], [g * 1024 for g in grads]
+    kept, kept_scaled = state(weights), state(weights)
+    sphere_adamw_(weights, grads, **kept, **OPTIONS, backend="triton")
+    flags = {"grad_scale": torch.tensor(1024.0), "found_inf": torch.tensor(0.0)}
+    sphere_adamw_(scaled, times, **kept_scaled, **OPTIONS, **flags, backend="triton")
+    for a, b in zip(weights, scaled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    everything = (*scaled, *kept_scaled["exp_avgs"], *kept_scaled["exp_avg_sqs"], *kept_scaled["steps"])
+    before = [t.clone() for t in everything]
+    flags["found_inf"] = torch.tensor(1.0)
+    sphere_adamw_(scaled, times, **kept_scaled, **OPTIONS, **flags, backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(before, everything, strict=True))
+
+
+def test_stochastic_rounding_takes_either_neighbour_and_is_right_on_average():
+    weight = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    draws = []
+    for seed in range(60):
+        w, low = weight.clone(), torch.empty(4, 16, dtype=torch.bfloat16)
+        kept = {name: [torch.zeros_like(w)] for name in ("exp_avgs", "exp_avg_sqs")}
+        options = OPTIONS | {"lr": 0.0, "rounded": [low], "rounding_seed": 1000 * seed, "backend": "triton"}
+        sphere_adamw_([w], [torch.ones_like(w)], **kept, steps=[torch.zeros(())], dims=[None], **options)
+        assert torch.equal(w, weight)
+        draws.append(low.double())
+    draws = torch.stack(draws)
+    gap = 2.0 ** (weight.double().abs().log2().floor() - 7)
+    assert ((draws - weight.double()).abs() < gap).all()
+    assert (draws.std(0) > 0).double().mean() > 0.9
+    assert (((draws.mean(0) - weight.double()) / gap).abs() <= 5 * 0.5 / 60**0.5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_projection_alone(dtype):
+    matrices = [(w.to(dtype), dim) for w, (_, dim) in zip(draw(0), SHAPES, strict=True) if dim is not None]
+    matrices[0][0][1] = 0
+    expected = [w.double() / w.double().norm(dim=dim, keepdim=True) for w, dim in matrices]
+    expected[0][1] = 0
+    addresses = [w.data_ptr() for w, _ in matrices]
+    normalize_matrices_(matrices, backend="triton")
+    allowed = 4e-7 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for (w, _), e, address in zip(matrices, expected, addresses, strict=True):
+        torch.testing.assert_close(w.double(), e, rtol=allowed, atol=1e-7)
+        assert w.data_ptr() == address
+    normalize_matrices_([], backend="triton")
+
+
+def test_changes_are_seen_by_autograd():
+    w = torch.nn.Parameter(torch.randn(4, 16))
+    y = w.square().sum()  # keeps w for its backward
+    normalize_matrices_([(w, 1)], backend="triton")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_what_the_kernels_do_not_take_is_told():
+    for w, dim, message in (
+        (torch.randn(6, 4).t(), 1, "is not contiguous"),
+        (torch.randn(2, 3, 4), 1, "is no matrix"),
+        (torch.randn(1, 20_000), 1, "a row of 20000 elements"),
+        (torch.randn(2, 2).double(), 1, "do not take torch.float64"),
+    ):
+        before = w.clone()
+        with pytest.raises(RuntimeError, match=message):
+            normalize_matrices_([(w, dim)], backend="triton")
+        assert torch.equal(before, w)
