@@ -491,7 +491,7 @@ def _bench(argv: list[str]) -> None:
         print("\n".join(f"  {name:10} {about}" for name, about in BENCHMARKS.items()))
         if not argv:
             raise ValueError(f"say what to measure: {', '.join(BENCHMARKS)}")
-        return
+        raise SystemExit(0)  # as the other commands' --help ends
     if argv[0] not in BENCHMARKS:
         from nsphere.train.arms import nearest
 

@@ -105,10 +105,10 @@ class SphereLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A uniformly random direction for every row or column."""
+        """A uniformly random direction for every row or column; the same bits whatever backend runs later."""
         nn.init.normal_(self.weight)
         if not self.weight.is_meta:
-            _normalize_matrices_([(self.weight, self.sphere_dims["weight"])])
+            _normalize_matrices_([(self.weight, self.sphere_dims["weight"])], backend="reference")
 
     def folded_weight(self) -> Tensor:
         """[out, in]: the matrix that acts on x, its scale and gain folded in; fp32 where the weight is."""
@@ -143,10 +143,10 @@ class SphereEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A uniformly random direction for every token."""
+        """A uniformly random direction for every token; the same bits whatever backend runs later."""
         nn.init.normal_(self.weight)
         if not self.weight.is_meta:
-            _normalize_matrices_([(self.weight, 1)])
+            _normalize_matrices_([(self.weight, 1)], backend="reference")
 
     def forward(self, tokens: Tensor) -> Tensor:
         return embedding(tokens, unit(self.weight) if self.projection == "forward" else self.weight)

@@ -79,17 +79,16 @@ class Trainer:
         ]
         self.model_config = model_config(arm, config, corpus.vocab_size)
         check_layout(self.model_config, self.world, config.batch_size, self.micro_batch_size, config.optimizer)
+        try:
+            backend.choose(self.device)
+        except RuntimeError as error:  # NSPHERE_BACKEND asks for what can't run here
+            raise ValueError(str(error)) from None
         self.compiled = options.compile and can_compile(self.device.type).available
         # every rank makes the whole model from the seed and keeps its part: the weights of any layout are the same
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = make_model(self.model_config)
-        if self.compiled:
-            try:
-                backend.choose(self.device)
-            except RuntimeError as error:  # NSPHERE_BACKEND asks for what can't run here
-                raise ValueError(str(error)) from None
-        else:
+        if not self.compiled:
             for module in self.model.modules():
                 if isinstance(module, QKNorm):
                     module.backend = "reference"  # eager means eager: its op would compile itself
