@@ -352,6 +352,40 @@ def test_padding_in_transformers():
     torch.testing.assert_close(model(TOKENS, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
 
 
+def test_it_says_so_when_no_logits_were_seen():
+    for run in (lambda model: None, lambda model: torch.no_grad()(model.loss)(TOKENS, TOKENS)):
+        model = tiny_gpt()
+        clip = QKClip(model)
+        run(model)
+        with pytest.raises(RuntimeError, match="has seen no logits"):
+            clip()
+    model.loss(TOKENS, TOKENS)
+    seen = {name: module.max_logits.clone() for name, module in clip.attentions.items()}
+    clip()
+    assert clip.max_logits.keys() == seen.keys()
+    assert all(torch.equal(s, seen[name]) and torch.isfinite(s).all() for name, s in clip.max_logits.items())
+
+
+def test_forgetting():
+    model = tiny_gpt()
+    clip = QKClip(model, 1e-3)
+    model.loss(TOKENS, TOKENS)
+    clip()
+    model.loss(TOKENS, TOKENS)
+    clip.forget()
+    assert all((g == 1).all() for g in clip().values())
+
+
+def test_a_model_that_is_cast_after_the_construction():
+    model = grown(tiny_gpt(), "W_q.weight", "W_k.weight")
+    clip = QKClip(model, 10.0)
+    model.to(torch.bfloat16).loss(TOKENS, TOKENS)
+    gammas = clip()
+    assert all(g.dtype == torch.float32 and (g < 1).any() for g in gammas.values())
+    seen = observe(model, clip, lambda m: m.loss(TOKENS, TOKENS))
+    assert seen["blocks.0.attn"].max() <= 10.0 * 1.02
+
+
 def test_what_it_refuses():
     from nsphere import hf
 
@@ -371,7 +405,11 @@ def test_what_it_refuses():
         QKClip(hf_model("llama"))
     with pytest.raises(ValueError, match="no attention that QK-clip knows"):
         QKClip(nn.Linear(2, 2))
-    for threshold in (0.0, -1.0, math.inf, math.nan):
+    with pytest.raises(ValueError, match="on the hypersphere"):
+        QKClip(NGPT(NGPTConfig(vocab_size=13, context=8, d_model=16, num_layers=1, num_heads=2, qk_norm=False)))
+    with pytest.raises(ValueError, match="a transformers model, got Linear"):
+        hf.report_max_logits(nn.Linear(2, 2))
+    for threshold in (0.0, -1.0, math.inf, math.nan, "100"):
         with pytest.raises(ValueError, match="positive number"):
             QKClip(tiny_gpt(), threshold)
     with pytest.raises(ValueError, match="from 0 to 1"):

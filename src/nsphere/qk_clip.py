@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nsphere.hypersphere import SphereLinear
+
 Share = Literal["q", "k", "whole"]
 
 
@@ -37,14 +39,15 @@ def clip_factors(
     and its weights to the last bit, whoever shares its keys (Megatron clips the whole group by its largest logit).
 
     Args:
-        max_logits: S, fp32 [H], of logits as they enter the softmax. A head whose S is not finite is left alone.
+        max_logits: S, [H], of logits as they enter the softmax. A head whose S is not finite is left alone.
         threshold: τ, positive.
         num_kv_heads: K; H by default.
         alpha: the exponent of γ that q gets.
 
     Returns:
-        "whole" γ [H], "q" [H] and "k" κ [K], all in (0, 1].
+        "whole" γ [H], "q" [H] and "k" κ [K], fp32, all in (0, 1].
     """
+    max_logits = max_logits.float()
     above = torch.isfinite(max_logits) & (max_logits > threshold)
     gamma = torch.where(above, threshold / max_logits, 1.0)
     groups = gamma.view(num_kv_heads or len(gamma), -1)
@@ -56,7 +59,7 @@ def clip_factors(
 def scale_heads_(rows: HeadRows, factors: Tensor) -> None:
     """Multiply each head's rows in place by factors [H] or [K]; 1 changes no bit. DTensors stay where they are."""
     parameter = rows.parameter
-    column = torch.ones(parameter.shape[0], *[1] * (parameter.dim() - 1), device=factors.device)
+    column = factors.new_ones(parameter.shape[0], *[1] * (parameter.dim() - 1))
     column[rows.rows.to(factors.device)] = factors.view(-1, *[1] * parameter.dim())
     if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import DTensor, Replicate
@@ -85,11 +88,15 @@ class QKClip:
 
     Args:
         model: has such attentions, without QK-norm: a norm undoes what is done to the weights before it, and bounds
-            the logits itself (`QKNorm.logit_bound`).
+            the logits itself (`QKNorm.logit_bound`). Already cast, moved and sharded.
         threshold: τ, the largest logit that is let be; 100 in Kimi K2.
         alpha: the exponent of γ that q gets, k the rest.
         group: the data-parallel ranks, which must clip alike; all ranks by default where torch.distributed is
             initialised.
+
+    Attributes:
+        max_logits: what the last call saw, over all ranks: the largest logit of every head by the attention's name,
+            fp32 [H]; -inf for a head that was not used.
 
     Raises:
         ValueError: for a model that it can't clip, or numbers that can't be.
@@ -98,8 +105,7 @@ class QKClip:
     """
 
     def __init__(self, model: nn.Module, threshold: float = 100.0, *, alpha: float = 0.5, group: Any = None) -> None:
-        if not (0 < threshold < float("inf")):
-            raise ValueError(f"threshold must be a positive number, got {threshold}; Kimi K2's is 100")
+        check_threshold("threshold", threshold)
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {alpha}; ½ shares the clip between q and k")
         self.threshold, self.alpha, self.group = threshold, alpha, group
@@ -113,26 +119,49 @@ class QKClip:
             )
         for name, module in self.attentions.items():
             _refuse_qk_norm(name, module)
+        for name, module in self.attentions.items():
             _start_reporting(name, module)
+        self.max_logits: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Tensor]:
-        """Clip. γ of every head by the attention's name, fp32 [H]; 1 where nothing was done."""
-        seen = [module.max_logits for module in self.attentions.values()]
+        """Clip. γ of every head by the attention's name, fp32 [H]; 1 where nothing was done.
+
+        Raises:
+            RuntimeError: at the first call, if no attention has noted a logit since the construction.
+        """
+        everything = torch.cat([module.max_logits.float() for module in self.attentions.values()])  # type: ignore[operator]
         if dist.is_available() and dist.is_initialized():
-            everything = torch.cat(seen)  # type: ignore[arg-type]
             dist.all_reduce(everything, dist.ReduceOp.MAX, group=self.group)
-            seen = list(everything.split([len(s) for s in seen]))  # type: ignore[arg-type]
+        if not self.max_logits and bool((everything == -torch.inf).all()):  # once: it waits for the device
+            raise RuntimeError(
+                "QKClip has seen no logits: call it after a forward pass with gradients through the model it was made "
+                "of, and leave its attention implementation as hf.report_max_logits set it"
+            )
         gammas = {}
-        for (name, module), largest in zip(self.attentions.items(), seen, strict=True):
+        seen = everything.split([module.max_logits.numel() for module in self.attentions.values()])  # type: ignore[operator]
+        self.max_logits = dict(zip(self.attentions, seen, strict=True))
+        for name, module in self.attentions.items():
             rows = list(_rows(module))
             num_kv_heads = next(len(r.rows) for r in rows if r.share == "k")
-            factors = clip_factors(largest, self.threshold, num_kv_heads, self.alpha)  # type: ignore[arg-type]
+            factors = clip_factors(self.max_logits[name], self.threshold, num_kv_heads, self.alpha)
             for r in rows:
                 scale_heads_(r, factors[r.share])
             gammas[name] = factors["whole"]
-            module.max_logits.fill_(-torch.inf)  # type: ignore[operator]
+        self.forget()
         return gammas
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Drop what was seen since the last call, as after a step that was skipped."""
+        for module in self.attentions.values():
+            module.max_logits.fill_(-torch.inf)  # type: ignore[operator]
+
+
+def check_threshold(name: str, threshold: Any) -> None:
+    """Raises ValueError for a threshold that is no positive number; name is what the user calls it."""
+    if not isinstance(threshold, int | float) or not 0 < threshold < float("inf"):
+        raise ValueError(f"{name} must be a positive number, got {threshold!r}; Kimi K2's is 100")
 
 
 def _rows(module: Any) -> Iterator[HeadRows]:
@@ -225,6 +254,11 @@ def _refuse_qk_norm(name: str, module: Any) -> None:
                     f"{name or type(module).__name__} has QK-norm ({attribute}), which undoes a change of the weights "
                     "before it and bounds the logits itself; leave QK-clip out, see QKNorm.logit_bound"
                 )
+    if isinstance(getattr(module, "W_q", None), SphereLinear):
+        raise ValueError(
+            f"{name or type(module).__name__} has query weights on the hypersphere, which a clip would take off it; "
+            "rows of unit length can't grow, so leave QK-clip out"
+        )
 
 
 def _start_reporting(name: str, module: Any) -> None:

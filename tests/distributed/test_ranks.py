@@ -131,6 +131,7 @@ def test_layouts_that_do_not_fit_are_refused(two: dict[str, Any]) -> None:
     assert refused["context"].startswith("context 15 is not divisible by tp 2")
     assert refused["muon"].startswith("muon orthogonalises whole matrices")
     assert refused["tied"].startswith("a tied embedding is not split")
+    assert refused["qk_clip"].startswith("qk_clip is not made for tensor parallelism, here tp 2")
     assert refused["size"].startswith("dp_replicate 1 x dp_shard 1 x tp 3 is 3 ranks and torchrun started 2 ranks")
 
 

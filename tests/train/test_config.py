@@ -21,7 +21,7 @@ def test_resolving_is_idempotent_and_complete() -> None:
     once = resolve("ngpt", TrainConfig())
     assert resolve("ngpt", once) == once
     unset = {f.name for f in dataclasses.fields(once) if getattr(once, f.name) is None}
-    assert unset == {"num_kv_heads", "head_dim", "d_mlp", "init_from"}
+    assert unset == {"num_kv_heads", "head_dim", "d_mlp", "init_from", "qk_clip"}
 
 
 def test_flags_change_the_preset_and_arms_change_the_model() -> None:
@@ -64,6 +64,11 @@ def test_every_arm_makes_a_config(arm: str) -> None:
         ("gpt", {"decay_fraction": 0.0}, "decay_fraction must be in"),
         ("gpt", {"seed": -1}, "seed must be from 0"),
         ("ngpt", {"weight_decay": 0.1}, "has no meaning for nGPT"),
+        ("gpt", {"qk_clip": 0.0}, "qk_clip must be a positive number, got 0.0"),
+        ("gpt:qk_clip=nan", {}, "qk_clip must be a positive number, got nan"),
+        ("gpt-qknorm", {"qk_clip": 100.0}, "qk_clip 100 and gpt-qknorm: QK-norm undoes .* as gpt:qk_clip="),
+        ("gpt:qk_norm=l2,qk_clip=100", {}, "QK-norm undoes"),
+        ("ngpt-no-qknorm", {"qk_clip": 100.0}, "nGPT's query and key weights are unit vectors"),
     ],
 )
 def test_bad_values_say_what_and_what_instead(arm: str, changes: dict, message: str) -> None:

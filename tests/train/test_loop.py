@@ -162,6 +162,62 @@ def test_a_validation_loss_that_is_not_finite_stops_too(tmp_path, data, monkeypa
         train("gpt", tiny.config(), tiny.options(), data, tmp_path / "run")
 
 
+@pytest.mark.parametrize(("arm", "threshold"), [("gpt", 0.1)])
+def test_qk_clip_holds_the_logits_is_recorded_and_resumes(tmp_path, data, monkeypatch, arm, threshold) -> None:
+    config = tiny.config(steps=8, lr=1e-2, num_kv_heads=1, qk_clip=threshold)
+    train(arm, config, tiny.options(), data, tmp_path / "whole")
+    train(arm, dataclasses.replace(config, qk_clip=1e9), tiny.options(), data, tmp_path / "free")
+    train(arm, dataclasses.replace(config, qk_clip=None), tiny.options(), data, tmp_path / "off")
+    clipped, free, off = (
+        [r for r in curve(tmp_path / run) if r["kind"] == "train"] for run in ("whole", "free", "off")
+    )
+    assert all(
+        0 <= r["clipped_heads"] <= 4 and (r["clipped_heads"] > 0) == (r["max_logit"] > threshold) for r in clipped
+    )
+    assert any(r["clipped_heads"] for r in clipped)
+    assert max(r["max_logit"] for r in free) > max(r["max_logit"] for r in clipped)
+    assert all(r["clipped_heads"] == 0 for r in free)
+    assert all("clipped_heads" not in r for r in off)
+    assert [r["loss"] for r in off] == pytest.approx([r["loss"] for r in free], rel=1e-5)
+
+    step = Trainer.step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", lambda self: step(self) if self.num_steps < 5 else sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            train(arm, config, tiny.options(), data, tmp_path / "cut")
+    train(arm, config, tiny.options(), data, tmp_path / "cut", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own code
+def test_qk_clip_sees_the_logits_of_all_micro_batches_and_of_compiled_blocks(data) -> None:
+    arm, corpus = "gpt:qk_clip=0.1", load_corpus(data)
+
+    def run(**options) -> list:
+        trainer = Trainer(arm, resolve(arm, tiny.config(lr=1e-2)), tiny.options(**options), corpus)
+        return [trainer.step() for _ in range(5)]
+
+    whole = run()
+    assert whole[-1].qk_clip is not None and whole[-1].qk_clip.clipped_heads > 0
+    for other in (run(micro_batch_size=1), run(compile=True)):
+        for a, b in zip(whole, other, strict=True):
+            assert b.loss == pytest.approx(a.loss, rel=1e-5)
+            assert b.qk_clip.max_logit == pytest.approx(a.qk_clip.max_logit, rel=1e-3)
+            assert b.qk_clip.clipped_heads == a.qk_clip.clipped_heads
+
+
+def test_a_skipped_step_clips_nothing_and_forgets_what_it_saw(data, monkeypatch) -> None:
+    arm = "gpt:qk_clip=0.001"
+    trainer = Trainer(arm, resolve(arm, tiny.config()), tiny.options(skip_nonfinite=True), load_corpus(data))
+    trainer.step()
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    monkeypatch.setattr("nsphere.train.trainer.clip_grad_norm_", lambda *args: torch.tensor(float("nan")))
+    skipped = trainer.step()
+    assert skipped.skipped and skipped.qk_clip is None
+    assert all(torch.equal(p, b) for p, b in zip(trainer.model.parameters(), before, strict=True))
+    assert all((m.max_logits == -torch.inf).all() for m in trainer.qk_clip.attentions.values())
+
+
 def test_another_run_is_never_written_over(tmp_path, data) -> None:
     train("ngpt", tiny.config(), tiny.options(), data, tmp_path / "run")
     before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.name != ".lock")

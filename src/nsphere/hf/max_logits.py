@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -20,12 +20,17 @@ def report_max_logits(model: Any) -> None:
 
     Args:
         model: a transformers model whose attention goes through transformers' attention functions.
+
+    Raises:
+        ValueError: for anything else.
     """
+    if not hasattr(model, "set_attn_implementation"):
+        raise ValueError(f"report_max_logits takes a transformers model, got {type(model).__name__}")
     AttentionInterface.register(IMPLEMENTATION, _attend)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     model.set_attn_implementation(IMPLEMENTATION)
     for module in model.modules():
-        if hasattr(module, "is_causal") and isinstance(module, nn.Module):
+        if hasattr(module, "is_causal") and "max_logits" not in module._buffers:
             module.register_buffer("max_logits", None, persistent=False)
 
 

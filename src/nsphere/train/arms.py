@@ -105,6 +105,7 @@ RECIPE_FIELDS: dict[str, Any] = {
     "beta2": float,
     "adam_eps": float,
     "grad_clip": float,
+    "qk_clip": float,
 }
 """The fields of the training config that an arm may set for itself. Its learning rate is given by --arm-lr."""
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nsphere.presets import ARCHITECTURES, PRESETS, USUAL_LR, make_config
-from nsphere.train.arms import RECIPE_FIELDS, OptimizerName, ScheduleName, nearest, parse_arm
+from nsphere.qk_clip import check_threshold
+from nsphere.train.arms import RECIPE_FIELDS, Arm, OptimizerName, ScheduleName, nearest, parse_arm
 from nsphere.train.data import DataConfig
 from nsphere.train.distributed import Layout
 
@@ -63,6 +64,9 @@ class TrainConfig:
     """Adam's epsilon."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
+    qk_clip: float | None = None
+    """QK-clip: after every step, heads whose largest attention logit was above this (100 in Kimi K2) get smaller query
+    and key weights; for GPT without QK-norm. Off if not given."""
     dtype: DtypeName = "auto"
     """Products in bfloat16 (autocast) or float32; auto is bfloat16 where the hardware has it."""
     seed: int = 0
@@ -155,12 +159,29 @@ def resolve(arm_name: str, config: TrainConfig) -> TrainConfig:
     filled = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     resolved = dataclasses.replace(config, **filled)
     _validate(resolved)
+    if resolved.qk_clip is not None:
+        _check_qk_clip(arm_name, arm, resolved)
     if is_ngpt and resolved.weight_decay:
         raise ValueError(
             f"weight_decay {resolved.weight_decay} has no meaning for nGPT, whose matrices are normalised after "
             "every step; give it to the other arms alone, as gpt:weight_decay=…"
         )
     return resolved
+
+
+def _check_qk_clip(arm_name: str, arm: Arm, config: TrainConfig) -> None:
+    check_threshold("qk_clip", config.qk_clip)
+    advice = "give it to the other arms alone, as gpt:qk_clip=…"
+    if arm.architecture == "ngpt":
+        raise ValueError(
+            f"qk_clip {config.qk_clip:g} and {arm_name}: nGPT's query and key weights are unit vectors, which a clip "
+            f"would take off the hypersphere, and which can't grow; {advice}"
+        )
+    if arm.model.get("qk_norm"):
+        raise ValueError(
+            f"qk_clip {config.qk_clip:g} and {arm_name}: QK-norm undoes a change of the weights before it, and bounds "
+            f"the logits itself; {advice}"
+        )
 
 
 def usual_lr(arm_name: str, config: TrainConfig) -> tuple[float, str]:

@@ -302,6 +302,7 @@ class _Run:
             tokens_per_second=rate,
             **({} if self.mfu_of_a_token is None else {"mfu": rate * self.mfu_of_a_token}),
             **({"skipped": True} if result.skipped else {}),
+            **({} if result.qk_clip is None else result.qk_clip._asdict()),
         )
         if step % self.eval_every == 0 or step == self.steps:
             self._evaluate()

@@ -23,7 +23,14 @@ from nsphere.tensor_parallel import check_heads, kv_rows, parallelize_qk_norm, s
 from nsphere.train.distributed import World
 
 
-def check_layout(config: DecoderConfig, world: World, batch_size: int, micro_batch_size: int, optimizer: str) -> None:
+def check_layout(
+    config: DecoderConfig,
+    world: World,
+    batch_size: int,
+    micro_batch_size: int,
+    optimizer: str,
+    qk_clip: float | None = None,
+) -> None:
     """Refuse what the ranks can't share evenly.
 
     Raises:
@@ -42,6 +49,8 @@ def check_layout(config: DecoderConfig, world: World, batch_size: int, micro_bat
         )
     if tp == 1:
         return
+    if qk_clip is not None:
+        raise ValueError(f"qk_clip is not made for tensor parallelism, here tp {tp}; take tp 1, or leave it out")
     check_heads(config.num_heads, config.num_kv_heads, tp)
     for name in ("d_mlp", "vocab_size", "context"):
         if getattr(config, name) % tp:

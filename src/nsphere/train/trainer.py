@@ -14,6 +14,7 @@ from torch import Tensor
 from nsphere.ops import backend
 from nsphere.ops.backend import Ability, can_compile
 from nsphere.presets import PRESETS, make_model
+from nsphere.qk_clip import QKClip
 from nsphere.qk_norm import QKNorm
 from nsphere.train.arms import parse_arm
 from nsphere.train.config import RunOptions, TrainConfig, model_config
@@ -26,6 +27,15 @@ from nsphere.train.parallelize import check_layout, parallelize, reshard
 from nsphere.train.schedule import lr_factor
 
 
+class QKClipResult(NamedTuple):
+    """What QK-clip saw and did in one optimizer step."""
+
+    max_logit: float
+    """The largest attention logit of the step's forward passes."""
+    clipped_heads: int
+    """How many heads got smaller weights, over all layers."""
+
+
 class StepResult(NamedTuple):
     """What one optimizer step did; losses in nats per token."""
 
@@ -33,6 +43,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     lr: float
     skipped: bool
+    qk_clip: QKClipResult | None = None
 
 
 class NonFinite(ArithmeticError):
@@ -78,7 +89,9 @@ class Trainer:
             )
         ]
         self.model_config = model_config(arm, config, corpus.vocab_size)
-        check_layout(self.model_config, self.world, config.batch_size, self.micro_batch_size, config.optimizer)
+        check_layout(
+            self.model_config, self.world, config.batch_size, self.micro_batch_size, config.optimizer, config.qk_clip
+        )
         try:
             backend.choose(self.device)
         except RuntimeError as error:  # NSPHERE_BACKEND asks for what can't run here
@@ -94,6 +107,7 @@ class Trainer:
                     module.backend = "reference"  # eager means eager: its op would compile itself
         parallelize(self.model, self.world, self.autocast_dtype, self.compiled)
         self.optimizers = make_optimizers(self.model, config)
+        self.qk_clip = None if config.qk_clip is None else QKClip(self.model, config.qk_clip)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The context that forward passes run in."""
@@ -139,6 +153,7 @@ class Trainer:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
+        clipped = self._clip_heads(finite)
         self.model.zero_grad(set_to_none=True)
         if not finite:
             if not self.options.skip_nonfinite:
@@ -148,7 +163,17 @@ class Trainer:
                 )
             self.num_skipped += 1
         self.num_steps += 1
-        return StepResult(mean_loss, grad_norm, lr, not finite)
+        return StepResult(mean_loss, grad_norm, lr, not finite, clipped)
+
+    def _clip_heads(self, stepped: bool) -> QKClipResult | None:
+        if self.qk_clip is None:
+            return None
+        if not stepped:  # the weights stay; what was seen is not carried over, as a resumed run would not know it
+            self.qk_clip.forget()
+            return None
+        gammas = torch.cat(list(self.qk_clip().values()))
+        largest = torch.cat(list(self.qk_clip.max_logits.values())).max()
+        return QKClipResult(largest.item(), int((gammas < 1).sum().item()))
 
     @torch.no_grad()
     def evaluate(self) -> float:
