@@ -130,7 +130,7 @@ class QKClip:
         Raises:
             RuntimeError: at the first call, if no attention has noted a logit since the construction.
         """
-        everything = torch.cat([module.max_logits.float() for module in self.attentions.values()])  # type: ignore[operator]
+        everything = torch.cat([module.max_logits.float() for module in self.attentions.values()])  # type: ignore[misc]
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(everything, dist.ReduceOp.MAX, group=self.group)
         if not self.max_logits and bool((everything == -torch.inf).all()):  # once: it waits for the device
