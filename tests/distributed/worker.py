@@ -174,7 +174,7 @@ def two_ranks(job: Job) -> dict[str, Any]:
         # 33 columns of W_down are not shared evenly by two: the projection then needs its all-reduce
         found["parity"]["ngpt odd fsdp"] = job.against_one("ngpt", fsdp, 6, d_mlp=33)
         found["parity"]["gpt-tied fsdp"] = job.against_one("gpt-tied", fsdp, 6)
-        found["parity"]["qk-clip fsdp"] = job.against_one("gpt:qk_clip=0.1", fsdp, 6)
+        found["parity"]["qk-clip fsdp"] = job.against_one("gpt:qk_clip=0.01", fsdp, 6)
         for arm in ("ngpt-forward", "ngpt-scalar-suv", "ngpt:convention=nvidia"):
             found["parity"][f"{arm} tp"] = job.against_one(arm, tp, 3)
         found["bf16"] = {
