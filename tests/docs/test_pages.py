@@ -1,7 +1,8 @@
 """Every page of the documentation: its Python runs, its commands parse, its links lead somewhere.
 
 A page's Python blocks run in order in one namespace, as its reader would run them. What can't run here is preceded by
-`<!-- not run: REASON -->`.
+`<!-- not run: REASON -->`; commands preceded by `<!-- run -->` are run, not only parsed. A block whose first line is
+`# some_name.py` is that file, for the commands that name it.
 """
 
 import re
@@ -35,6 +36,13 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
+def save_files(page: Path) -> None:
+    """The files that a page shows, in the working directory."""
+    for code in blocks(page, "python"):
+        if found := re.match(r"# (\w+\.py)\n", code.lstrip("\n")):
+            Path(found[1]).write_text(code)
+
+
 WITH_PYTHON = [p for p in PAGES if blocks(p, "python")]
 WITH_COMMANDS = [p for p in [*PAGES, ROOT / "README.md"] if commands(p)]
 
@@ -43,6 +51,7 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT's
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
 def test_the_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -58,7 +67,10 @@ class Parsed(Exception):
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=name)
-def test_the_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(norms, "_NORMS", dict(norms._NORMS))
+    save_files(page)
     parse = cli._parse
 
     def parse_and_stop(*args: object) -> None:
