@@ -50,8 +50,8 @@ def test_the_stories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = {page: [call(words) for words in commands(page)] for page in STORIES}
 
     trained, tuned = losses("runs/first"), losses("runs/tuned")
-    assert trained[-1] < 0.8 * trained[0], "it learns"
-    assert tuned[0] < 0.8 * trained[0], "it goes on from what was learned"
+    assert trained[-1] < 0.9 * trained[0], "it learns"
+    assert tuned[0] < 0.9 * trained[0], "it goes on from what was learned"
     sample = said["training.md"][1]
     assert sample.startswith("The ") and len(sample) > 20
     before, after = (loss_in_context(table) for table in said["fine-tuning.md"][2:4])
