@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from nsphere import compare as compare_module
 from nsphere.compare import CompareConfig, Sweep, compare, grid_lr
 from nsphere.curves import headline_ratios
 from nsphere.table import comparison_table
-from nsphere.train.distributed import Layout
+from nsphere.train.distributed import Layout, World
 from nsphere.train.files import read_jsonl
 from nsphere.train.loop import Result
 from nsphere.train.signals import Interrupted
@@ -124,7 +125,14 @@ def test_the_sweep_extends_the_grid_until_the_optimum_is_inside(tmp_path, monkey
 
     monkeypatch.setattr(compare_module, "train", loss_at)
     comparison = compare_module._Comparison(
-        WHAT, {"gpt": tiny.config(lr=1e-3)}, tiny.options(), tiny.text_file(tmp_path), None, tmp_path, {}
+        WHAT,
+        {"gpt": tiny.config(lr=1e-3)},
+        tiny.options(),
+        tiny.text_file(tmp_path),
+        None,
+        tmp_path,
+        {},
+        World(Layout(), torch.device("cpu")),
     )
     comparison._sweep("gpt")
     sweep = comparison.sweeps["gpt"]
@@ -259,15 +267,7 @@ def test_runs_from_different_machines_are_pointed_out(two_seeds, tmp_path) -> No
     assert any("cpu another" in limit for limit in again["limits"])
 
 
-@pytest.mark.parametrize(
-    ("world_size", "layout", "message"),
-    [
-        ("1", Layout(tp=2), "tp 2 is 2 ranks and this is one process"),
-        ("2", Layout(), "runs in one process and torchrun started 2; start nsphere compare alone"),
-    ],
-)
-def test_many_ranks_are_refused(tmp_path, monkeypatch, world_size: str, layout: Layout, message: str) -> None:
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    with pytest.raises(ValueError, match=message):
-        compare(WHAT, tiny.config(), tiny.options(layout=layout), tiny.text_file(tmp_path), tmp_path / "out")
+def test_a_layout_of_more_ranks_than_there_are_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="tp 2 is 2 ranks and this is one process"):
+        compare(WHAT, tiny.config(), tiny.options(layout=Layout(tp=2)), tiny.text_file(tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()

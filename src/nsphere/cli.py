@@ -190,7 +190,8 @@ def _compare(argv: list[str]) -> None:
 
     args = _parse(Compare, "compare", argv)
     summary = compare(args.what, args.config, args.options, args.data, args.out, resume=args.resume)
-    print(comparison_table(summary, args.out))
+    if summary is not None:  # rank 0 tells what all did
+        print(comparison_table(summary, args.out))
 
 
 def _train(argv: list[str]) -> None:

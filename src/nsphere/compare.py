@@ -5,6 +5,7 @@ OUT/compare.json                    what is compared; a second start with other 
     summary.json  report.html       the answer, as numbers and as a page
 """
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -26,13 +27,15 @@ from nsphere.report import write_report
 from nsphere.train.arms import RECIPE_FIELDS, parse_arm
 from nsphere.train.config import RunOptions, TrainConfig, model_config, resolve, usual_lr
 from nsphere.train.data import Corpus, DataConfig, load_corpus
-from nsphere.train.distributed import launched_world_size
+from nsphere.train.distributed import World, start
 from nsphere.train.files import RunLock, atomic_write_json, atomic_write_text, read_jsonl
 from nsphere.train.inspection import inspect_model
-from nsphere.train.loop import ENVIRONMENT_FILE, Result, check_same, check_writable, data_cache, train
+from nsphere.train.loop import ENVIRONMENT_FILE, Result, check_same, check_writable, data_cache, one_voice, train
 from nsphere.train.machine import choose_device, environment
 from nsphere.train.metrics import METRICS_FILE
+from nsphere.train.parallelize import check_layout
 from nsphere.train.progress import say
+from nsphere.train.roll_call import RollCall
 from nsphere.train.saved import load_run
 from nsphere.train.signals import Interrupted, StopRequest
 from nsphere.train.timing import StepCost, time_steps
@@ -126,25 +129,20 @@ def compare(
     out: Path,
     *,
     resume: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Train the arms, time them, and write summary.json and report.html into `out`.
 
     Everything can be interrupted and resumed: finished runs are kept, an unfinished one goes on from its checkpoint.
+    Under torchrun all ranks train every arm together, in the same order; rank 0 alone writes and looks at the results.
 
     Returns:
-        The summary.
+        The summary; None on ranks other than the first, which are done once everything is trained and timed.
 
     Raises:
-        ValueError: bad settings, data or folder; before anything is written.
-        Interrupted, NonFinite: as from `train`.
+        ValueError: bad settings, layout, data or folder; before anything is written.
+        Interrupted, NonFinite, LostRank: as from `train`.
     """
     rates = what.learning_rates()
-    if launched_world_size() > 1:
-        raise ValueError(
-            f"a comparison runs in one process and torchrun started {launched_world_size()}; start nsphere compare "
-            "alone, or train the arms one by one with torchrun -m nsphere train"
-        )
-    options.layout.resolve(1)  # refuses --tp and the like
     if config.init_from is not None:
         raise ValueError("a comparison starts every arm from scratch; give --init-from to nsphere train")
     device = choose_device(options.device)
@@ -156,19 +154,32 @@ def compare(
         for arm, resolved in arms.items():
             make_model(model_config(arm, resolved, vocab_size=1))  # what can't be built is refused before any work
             micro_batch_size(resolved, options)
-    _check_folder(out, resume)
-    with process_settings(options, device):
-        corpus = load_corpus(data, cache_dir=data_cache())
-        comparison = _Comparison(what, arms, options, data, corpus, out, lr_source(config, arms, rates))
+    with (
+        start(options.layout, options.device) as world,
+        process_settings(options, world.device),
+        one_voice(world),
+        contextlib.ExitStack() as held,
+    ):
+        world.all(lambda: _check_folder(out, resume))
+        corpus = world.first_then_all(lambda: load_corpus(data, cache_dir=data_cache()))
+        comparison = _Comparison(what, arms, options, data, corpus, out, lr_source(config, arms, rates), world)
         comparison.check()
         wanted = comparison.record()
-        if (out / COMPARE_FILE).exists():
-            check_same(out, _read(out / COMPARE_FILE), wanted, "comparison")
-        with RunLock(out), StopRequest():
+
+        def begin() -> None:
+            if (out / COMPARE_FILE).exists():
+                check_same(out, _read(out / COMPARE_FILE), wanted, "comparison")
+            held.enter_context(RunLock(out))
             atomic_write_json(out / COMPARE_FILE, wanted)
-            summary = comparison.go()
-            atomic_write_text(out / SUMMARY_FILE, json.dumps(summary, indent=1, allow_nan=False) + "\n")
-            write_report(summary, out / REPORT_FILE)
+
+        held.enter_context(StopRequest())
+        world.first(begin)
+        results, costs, trainers = comparison.run()
+        if not world.is_first:
+            return None
+        summary = comparison.summary(results, costs, trainers)
+        atomic_write_text(out / SUMMARY_FILE, json.dumps(summary, indent=1, allow_nan=False) + "\n")
+        write_report(summary, out / REPORT_FILE)
     return summary
 
 
@@ -206,16 +217,23 @@ class _Comparison:
         corpus: Corpus,
         out: Path,
         lr_source: dict[str, str],
+        world: World,
     ) -> None:
         self.what, self.arms, self.options, self.data, self.corpus, self.out = what, arms, options, data, corpus, out
-        self.lr_source = lr_source
+        self.lr_source, self.world = lr_source, world
         self.sweeps: dict[str, Sweep] = {}
 
     def check(self) -> None:
-        """Refuse data too short to train on, and a prompt that the models can't continue."""
-        for resolved in self.arms.values():
+        """Refuse data too short to train on, a layout that an arm doesn't fit, a prompt that can't be continued."""
+        for arm, resolved in self.arms.items():
             context = resolved.context
             assert context is not None
+            check_layout(
+                model_config(arm, resolved, self.corpus.vocab_size),
+                self.world,
+                resolved,
+                micro_batch_size(resolved, self.options),
+            )
             for split in (self.corpus.train, self.corpus.val):
                 split.num_windows(context)
             if self.corpus.tokenizer is not None and self.what.sample_tokens:
@@ -242,7 +260,8 @@ class _Comparison:
         """What the samples continue."""
         return "def " if self.what.prompt is None else self.what.prompt
 
-    def go(self) -> dict[str, Any]:
+    def run(self) -> tuple[dict[str, dict[int, Result]], dict[str, StepCost], dict[str, Trainer]]:
+        """Everything that all ranks do together: the sweeps, the runs, and the timing, with the trainers it used."""
         results: dict[str, dict[int, Result]] = {}
         for arm in self.arms:
             if self.what.sweep_lr:
@@ -250,7 +269,15 @@ class _Comparison:
             results[arm] = {seed: self._train(arm, self._lr(arm), seed) for seed in self._seeds(arm)}
         say(f"timing {self.what.timing_rounds} steps of each arm, by turns")
         trainers = {arm: self._trainer(arm) for arm in self.arms}
-        costs = time_steps(trainers, self.what.timing_rounds)
+        with RollCall(self.world, self._again) as roll_call, roll_call.during("the timing"):
+            costs = time_steps(trainers, self.what.timing_rounds)
+        self._stop_if_asked("the timing")
+        return results, costs, trainers
+
+    def summary(
+        self, results: dict[str, dict[int, Result]], costs: dict[str, StepCost], trainers: dict[str, Trainer]
+    ) -> dict[str, Any]:
+        """summary.json: what `run` gave, and the samples and the looks inside, which rank 0 takes alone."""
         facts = next(iter(trainers.values()))
         summary_arms = {arm: self._arm_summary(arm, results[arm], costs[arm], trainers[arm]) for arm in self.arms}
         best = best_gpt_arm(summary_arms)
@@ -281,6 +308,16 @@ class _Comparison:
             "limits": self._limits(facts),
         }
 
+    @property
+    def _again(self) -> str:
+        return f"; start it again with --resume on {self.out}"
+
+    def _stop_if_asked(self, after: str) -> None:
+        """Leave on all ranks if a signal came to one: training stops for it only between two steps of a run."""
+        number = int(self.world.largest(StopRequest.received() or 0)[0])
+        if number:
+            raise Interrupted(number, f"stopped after {after}, saved in {self.out}; --resume continues it")
+
     def _seeds(self, arm: str) -> Iterator[int]:
         first = self.arms[arm].seed
         return iter(range(first, first + self.what.seeds))
@@ -309,11 +346,10 @@ class _Comparison:
             resume=True,
             corpus=self.corpus,
             title=title or (arm if self.what.seeds == 1 else f"{arm}, seed {seed}"),
+            world=self.world,
         )
-        # a signal during the last step lets that run finish; it stops the comparison all the same
-        if (number := StopRequest.received()) is not None:
-            raise Interrupted(number, f"stopped after {arm}, saved in {self.out}; --resume continues it")
-        return result
+        self._stop_if_asked(arm)
+        return self.world.first(lambda: result)  # what is decided by it, all ranks decide by the same bits
 
     def _sweep(self, arm: str) -> None:
         """Try the grid's rates around the arm's default, and go on at whichever edge is best until none is."""
@@ -336,7 +372,8 @@ class _Comparison:
 
     def _trainer(self, arm: str) -> Trainer:
         """A fresh trainer at the arm's rate, for timing; it shares no state with the runs."""
-        return Trainer(arm, dataclasses.replace(self.arms[arm], lr=self._lr(arm)), self.options, self.corpus)
+        config = dataclasses.replace(self.arms[arm], lr=self._lr(arm))
+        return Trainer(arm, config, self.options, self.corpus, self.world)
 
     def _arm_summary(self, arm: str, results: dict[int, Result], cost: StepCost, trainer: Trainer) -> dict[str, Any]:
         losses = [r.final_val_loss for r in results.values()]

@@ -113,7 +113,7 @@ def on_the_sphere(job: Job, world: World, **shape: Any) -> dict[str, Any]:
         project_what_is_off_(model)
         changed = sorted(m.name for m in sphere_matrices(model) if not torch.equal(local(m.weight), before[m.name]))
         found[name].append(max(t.value if (t := max_norm_deviation(model)) else 1.0, 0.0))
-        found[name].append(sorted(set(",".join(world.gather_texts(",".join(changed))).split(",")) - {""}))
+        found[name].append(sorted({name for names in world.all(lambda names=changed: names) for name in names}))
     return found
 
 

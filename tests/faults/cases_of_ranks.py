@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from nsphere.cli import _explain
+from nsphere.compare import CompareConfig, compare
 from nsphere.train.checkpoint import CheckpointSaver, load_checkpoint
 from nsphere.train.distributed import Layout
 from nsphere.train.files import RunLock, read_jsonl
@@ -37,11 +38,16 @@ def run(size, out, *, data, layout=None, arm="ngpt", before=lambda rank: None, c
     """Start `nsphere train` on some ranks; the job."""
     wanted = tiny.config(steps=STEPS, **(config or {}))
     how = tiny.options(layout=layout or Layout(timeout=500), micro_batch_size=1, **options)
+    return job(size, out, before, lambda: train(arm, wanted, how, data, out, resume=True))
+
+
+def job(size, out, before, command):
+    """A command of nsphere on some ranks, with its exit codes; what each says begins with its number."""
 
     def work(rank):
         before(rank)
         try:
-            train(arm, wanted, how, data, out, resume=True)
+            command()
         except Exception as error:
             known = _explain(error)
             if known is None:
@@ -55,6 +61,18 @@ def run(size, out, *, data, layout=None, arm="ngpt", before=lambda rank: None, c
 
 def finish(job):
     assert set(job.wait()) == {0}, job.output()
+
+
+def failing(rank, do, at=2, who=1, arm="ngpt"):
+    """Let a rank do something before the step after `at`."""
+    step = Trainer.step
+
+    def patched(self):
+        if rank == who and self.num_steps == at and self.arm == arm:
+            do(self)
+        return step(self)
+
+    Trainer.step = patched
 
 
 def curve(folder):
@@ -234,14 +252,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     data = tiny.text_file(tmp_path)
 
     def signalled(rank):
-        step = Trainer.step
-
-        def patched(self):
-            if rank == 1 and self.num_steps == 2:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            return step(self)
-
-        Trainer.step = patched
+        failing(rank, lambda _: os.kill(os.getpid(), signal.SIGUSR1))
 
     out = tmp_path / "run"
     job = run(2, out, data=data, before=signalled, checkpoint_every=100)
@@ -250,18 +261,6 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     finish(run(2, out, data=data))
     finish(run(2, tmp_path / "whole", data=data))
     assert curve(out) == curve(tmp_path / "whole")
-
-
-def failing(rank, do, at=2, who=1):
-    """Let a rank do something before the step after `at`."""
-    step = Trainer.step
-
-    def patched(self):
-        if rank == who and self.num_steps == at:
-            do(self)
-        return step(self)
-
-    Trainer.step = patched
 
 
 def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path):
@@ -341,3 +340,35 @@ def test_metrics_of_many_ranks_are_those_of_one_writer(four):
     steps = [json.loads(line) for line in lines]
     assert [r["step"] for r in steps if r["kind"] == "train"] == list(range(1, STEPS + 1))
     assert all(r["attention_logit_bound"] > 0 for r in steps if r["kind"] == "eval")
+
+
+def test_a_comparison_of_two_ranks_is_that_of_one_process(tmp_path):
+    """The same losses to rounding, through a signal and a kill to the same bits; rank 0 alone writes the answer."""
+    data = tiny.text_file(tmp_path)
+    what = CompareConfig(arms=("gpt", "ngpt"), sweep_lr=True, timing_rounds=2, sample_tokens=4, prompt="line ")
+
+    def comparison(size, name, before=lambda rank: None):
+        out, config, options = tmp_path / name, tiny.config(steps=4), tiny.options(micro_batch_size=1)
+        return job(size, out, before, lambda: compare(what, config, options, data, out, resume=True))
+
+    finish(comparison(1, "one"))
+    finish(whole := comparison(2, "two"))
+    assert whole.output().count("timing 2 steps of each arm, by turns") == 1
+    signalled = comparison(2, "cut", lambda rank: failing(rank, lambda _: os.kill(os.getpid(), 15), arm="gpt"))
+    assert signalled.wait() == [143, 143], signalled.output()
+    killed = comparison(2, "cut", lambda rank: failing(rank, lambda _: os.kill(os.getpid(), 9)))
+    assert killed.wait() == [75, -9], killed.output()
+    assert "rank 1 died or hangs in step 3; the job ends in step 3" in killed.output()
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    finish(comparison(2, "cut"))
+
+    one, two, cut = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two", "cut"))
+    for arm in what.arms:
+        a, b, c = (summary["arms"][arm] for summary in (one, two, cut))
+        assert (b["lr_sweep"], b["seeds"], b["sample"]) == (c["lr_sweep"], c["seeds"], c["sample"])
+        assert a["lr_sweep"]["lr"] == b["lr_sweep"]["lr"] and a["best_lr"] == b["best_lr"]
+        assert a["lr_sweep"]["val_loss"] == pytest.approx(b["lr_sweep"]["val_loss"], rel=2e-5)
+        assert a["seeds"]["0"]["train_curve"]["loss"] == pytest.approx(b["seeds"]["0"]["train_curve"]["loss"], rel=2e-5)
+        assert a["num_parameters"] == b["num_parameters"] and b["step_time_ms_median"] > 0
+        assert (a["peak_memory_bytes"] is None) == (b["peak_memory_bytes"] is None)
+    assert (tmp_path / "two" / "report.html").exists()

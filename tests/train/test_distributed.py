@@ -34,12 +34,10 @@ def test_impossible_layouts_are_refused() -> None:
 
 def test_one_process_is_a_world_of_one() -> None:
     with start(Layout(), "cpu") as world:
-        assert (world.rank, world.size, world.dp_rank, world.tp_rank, world.is_main) == (0, 1, 0, 0, True)
-        assert world.any(True) and not world.any(False)
-        assert world.broadcast(7) == 7 and world.gather_texts("a") == ["a"]
-        assert world.together(lambda: 3) == 3
-        with world.main_first():
-            world.barrier()
+        assert (world.rank, world.size, world.dp_rank, world.tp_rank, world.is_first) == (0, 1, 0, 0, True)
+        assert world.largest(7, 0.5) == [7, 0.5] and world.first(lambda: "a") == "a" and world.all(lambda: 3) == [3]
+        assert world.first_then_all(lambda: 3) == 3
+        world.wait()
     assert world.describe() == "one process"
 
 

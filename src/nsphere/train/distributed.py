@@ -12,10 +12,10 @@ One process without torchrun is a world of one, with the same methods.
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nsphere.collectives import sum_totals
 from nsphere.train.machine import choose_device
-
-T = TypeVar("T")
+from nsphere.train.ranks import ALONE, Ranks
 
 AXES = ("dp_replicate", "dp_shard", "tp")
 
@@ -74,113 +73,42 @@ class Layout:
         return " x ".join(f"{name} {getattr(self, name) or 1}" for name in AXES)
 
 
-class World:
-    """The ranks of this job and this one's place among them.
+class World(Ranks):
+    """The ranks of this job, how they are arranged, and this one's place among them.
 
     Args:
         layout: resolved.
         device: of this rank.
         mesh: of the axes dp_replicate, dp_shard and tp; None for one process.
-        control: the group that decisions travel through: gloo, so that they need no accelerator's stream.
+        group: that decisions travel through: gloo, so that they need no accelerator's stream.
+        beside: the same ranks in a group of its own, whose messages can't meet the training's: for what is done
+            beside it, such as writing a checkpoint.
     """
 
     def __init__(
-        self, layout: Layout, device: torch.device, mesh: DeviceMesh | None = None, control: Any = None
+        self,
+        layout: Layout,
+        device: torch.device,
+        mesh: DeviceMesh | None = None,
+        group: dist.ProcessGroup | None = None,
+        beside: Ranks = ALONE,
     ) -> None:
-        self.layout, self.device, self.mesh, self.control = layout, device, mesh, control
-        self.rank = dist.get_rank() if mesh is not None else 0
-        self.size = dist.get_world_size() if mesh is not None else 1
+        super().__init__(group)
+        self.layout, self.device, self.mesh, self.beside = layout, device, mesh, beside
         self.tp = layout.tp
         self.dp = layout.dp_replicate * (layout.dp_shard or 1)
         # ranks are numbered with tp fastest, so that the ranks of a tp group are neighbours on one node
         self.dp_rank, self.tp_rank = divmod(self.rank, self.tp)
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes the files and talks to the user."""
-        return self.rank == 0
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self.any(False)
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        return bool(self.largest(flag)[0])
-
-    def largest(self, *numbers: float) -> list[float]:
-        """The maximum over the ranks of each number."""
-        if self.mesh is None:
-            return list(numbers)
-        seen = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control)
-        return seen.tolist()
-
     def sum(self, numbers: Tensor) -> Tensor:
         """Numbers on the CPU, summed over all ranks."""
-        if self.mesh is None:
-            return numbers
-        return sum_totals(numbers, self.control)
+        return numbers if self.mesh is None else sum_totals(numbers, self.group)
 
     def mean_loss(self, loss: Tensor) -> Tensor:
         """The loss of the global batch, from the loss of each data-parallel rank's equal part."""
         if self.mesh is None:
             return loss
         return sum_totals(loss.double() / self.dp * (self.tp_rank == 0))
-
-    def broadcast(self, number: int) -> int:
-        """The number that rank 0 gives, on all ranks."""
-        if self.mesh is None:
-            return number
-        shared = torch.tensor(number, dtype=torch.int64)
-        dist.broadcast(shared, src=0, group=self.control)
-        return int(shared)
-
-    def gather_texts(self, text: str) -> list[str]:
-        """Every rank's text, in order of rank, on all ranks."""
-        if self.mesh is None:
-            return [text]
-        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        lengths = [torch.zeros((), dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor(len(data)), group=self.control)
-        padded = torch.zeros(max(1, *map(int, lengths)), dtype=torch.uint8)
-        padded[: len(data)] = data
-        texts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(texts, padded, group=self.control)
-        return [bytes(t[: int(n)].tolist()).decode() for t, n in zip(texts, lengths, strict=True)]
-
-    def together(self, work: Callable[[], T]) -> T:
-        """The result of `work()` on this rank, unless it fails on any: then every rank raises the same.
-
-        Without it a rank that alone misses a file would leave, and the others would wait for it.
-
-        Raises:
-            ValueError: `work` raised ValueError or OSError on some rank; names the first where not all failed.
-        """
-        if self.mesh is None:
-            return work()
-        result, error = None, ""
-        try:
-            result = work()
-        except (ValueError, OSError) as problem:
-            error = str(problem) or type(problem).__name__
-        errors = self.gather_texts(error)
-        failed = [rank for rank, message in enumerate(errors) if message]
-        if failed:
-            where = "" if len(failed) == self.size else f"rank {failed[0]}: "
-            raise ValueError(where + errors[failed[0]])
-        return result  # type: ignore[return-value]
-
-    @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Rank 0 goes through the body before the others: what it leaves in a cache they find there."""
-        if not self.is_main:
-            self.barrier()
-        try:
-            yield
-        finally:
-            if self.is_main:
-                self.barrier()
 
     def describe(self) -> str:
         """The mesh, its backend and this rank's device, for the start of a run."""
@@ -242,7 +170,8 @@ def start(layout: Layout, device_name: str = "auto") -> Iterator[World]:
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
         for axis in AXES:
             _set_timeout(wait, mesh.get_group(axis))
-        yield World(layout, device, mesh, dist.new_group(backend="gloo", timeout=wait))
+        decisions, beside = (dist.new_group(backend="gloo", timeout=wait) for _ in range(2))
+        yield World(layout, device, mesh, decisions, Ranks(beside))
     finally:
         if not joined:
             dist.destroy_process_group()

@@ -35,7 +35,6 @@ from nsphere.train.metrics import (
     peak_flops,
 )
 from nsphere.train.progress import StepProgress, console, duration, say
-from nsphere.train.ranks import Ranks
 from nsphere.train.roll_call import RollCall
 from nsphere.train.signals import Interrupted, StopRequest
 from nsphere.train.tokenizer import load_tokenizer
@@ -132,8 +131,9 @@ def train(
     resume: bool = False,
     corpus: Corpus | None = None,
     title: str | None = None,
+    world: World | None = None,
 ) -> Result:
-    """Train one arm into a run folder.
+    """Train one arm into a run folder. Under torchrun all ranks call this; see train/distributed.py.
 
     Args:
         arm: name of the arm.
@@ -144,39 +144,40 @@ def train(
         resume: continue what is there; a folder that is not there yet is started.
         corpus: the data, if it is loaded already.
         title: what the progress is called; the arm's name if not given.
+        world: the ranks, if they are joined already; otherwise they are for the time of the run.
 
     Raises:
         ValueError: bad settings, data or folder; before anything is written.
         Interrupted: a signal asked to stop; a checkpoint was saved.
         NonFinite: a loss was not finite; says which checkpoint is good.
+        LostRank: another rank died or hangs.
     """
     config = pin_dtype(resolve(arm, config), choose_device(options.device))
     model_config(arm, config, vocab_size=1)  # a shape that can't be is refused before the data is read
     micro_batch_size(config, options)
     check_tracker(options.track)
-    with start(options.layout, options.device) as world, process_settings(options, world.device), _one_voice(world):
-        world.together(lambda: check_run_folder(out, resume))
+    joined = start(options.layout, options.device) if world is None else contextlib.nullcontext(world)
+    with joined as world, process_settings(options, world.device), one_voice(world):
+        world.all(lambda: check_run_folder(out, resume))
         if corpus is None:
-            with world.main_first():
-                corpus = load_corpus(data, cache_dir=data_cache())
+            corpus = world.first_then_all(lambda: load_corpus(data, cache_dir=data_cache()))
         trainer = Trainer(arm, config, options, corpus, world)
         wanted = record(arm, config, data, trainer.model_config)
-        done = world.together(lambda: _earlier(out, wanted))
+        done = world.first(lambda: _earlier(out, wanted))
         if done is not None:
             say(f"{out}: finished before, validation loss {done.final_val_loss:.4f}")
             return done
-        ranks = Ranks.beside(world)
-        if config.init_from is not None and ranks.first(lambda: latest_checkpoint(out)) is None:
-            _start_from(trainer, Path(config.init_from), ranks)
+        if config.init_from is not None and world.first(lambda: latest_checkpoint(out)) is None:
+            _start_from(trainer, Path(config.init_from))
         with contextlib.ExitStack() as held:
-            ranks.first(lambda: held.enter_context(RunLock(out)) and None)
-            return _Run(trainer, out, wanted, title or arm, ranks).go()
+            world.first(lambda: held.enter_context(RunLock(out)) and None)
+            return _Run(trainer, out, wanted, title or arm).go()
 
 
 @contextlib.contextmanager
-def _one_voice(world: World) -> Iterator[None]:
+def one_voice(world: World) -> Iterator[None]:
     """Rank 0 alone talks to the person watching."""
-    before, console.quiet = console.quiet, not world.is_main
+    before, console.quiet = console.quiet, not world.is_first
     try:
         yield
     finally:
@@ -194,10 +195,10 @@ def _earlier(out: Path, wanted: dict[str, Any]) -> Result | None:
     return read_result(out)
 
 
-def _start_from(trainer: Trainer, source: Path, ranks: Ranks) -> None:
+def _start_from(trainer: Trainer, source: Path) -> None:
     """Take over the weights of another run, which must mean there what they mean here."""
     folder = source.parent.parent if source.parent.name == "checkpoints" else source
-    checkpoint = load_checkpoint(source, expect_architecture=trainer.architecture, ranks=ranks)
+    checkpoint = load_checkpoint(source, expect_architecture=trainer.architecture, ranks=trainer.world)
     there = read_config(folder)["model"]
     here = dataclasses.asdict(trainer.model_config)
     different = [line for line in differences(here, there) if not line.startswith("context ")]
@@ -225,8 +226,8 @@ def _verify_sphere(trainer: Trainer, what: str) -> None:
 class _Run:
     """A run in its folder: what `train` does once everything is checked. Every rank goes through it; rank 0 writes."""
 
-    def __init__(self, trainer: Trainer, out: Path, wanted: dict[str, Any], title: str, ranks: Ranks) -> None:
-        self.trainer, self.out, self.title, self.ranks = trainer, out, title, ranks
+    def __init__(self, trainer: Trainer, out: Path, wanted: dict[str, Any], title: str) -> None:
+        self.trainer, self.out, self.title = trainer, out, title
         self.world, options = trainer.world, trainer.options
         self.steps: int = trainer.config.steps  # type: ignore[assignment]
         self.eval_every: int = trainer.config.eval_every  # type: ignore[assignment]
@@ -238,30 +239,46 @@ class _Run:
             keep_last=options.keep_checkpoints,
             keep_every=options.keep_every,
             background=options.background_checkpoints,
-            ranks=ranks,
+            ranks=self.world.beside,
         )
         peak = options.peak_flops or peak_flops(self.world.device, trainer.autocast_dtype is not None)
         self.mfu_of_a_token = None if peak is None else flops_per_token(trainer.model) / (peak * self.world.size)
 
     def go(self) -> Result:
-        trainer, out, options = self.trainer, self.out, self.trainer.options
-        if self.world.is_main and not (out / CONFIG_FILE).exists():
-            if trainer.corpus.tokenizer is not None:
-                (out / TOKENIZER_FOLDER).mkdir(exist_ok=True)
-                trainer.corpus.tokenizer.save(out / TOKENIZER_FOLDER)
-            atomic_write_json(out / CONFIG_FILE, self.wanted)
+        again = f"; start it again with --resume on {self.out}"
+        with RollCall(self.world, again) as roll_call:
+            with roll_call.during("the start"):
+                resumed = self._begin()
+            with self._reporting(resumed) as stop:
+                if not resumed:
+                    with roll_call.during("the first evaluation"):
+                        self._evaluate()
+                first = self.trainer.num_steps + 1
+                while (step := self.trainer.num_steps + 1) <= self.steps:
+                    with roll_call.during(f"step {step}", watched=step > first):  # the first one compiles
+                        self._step(stop)
+                with roll_call.during("the last save"):
+                    self.saver.wait()
+        return self._finish()
+
+    def _begin(self) -> bool:
+        """Write down what the run is, and take up its newest checkpoint; False if it starts from scratch."""
+        trainer = self.trainer
+        self.world.first(self._record_config)
         resumed = self._resume()
-        if self.world.is_main:
-            self._record_environment()
+        self.world.first(self._record_environment)
         say(trainer.describe() + (f", resumed at step {trainer.num_steps}" if resumed else ""))
-        roll_call = RollCall(
-            self.world.rank, self.world.size, options.layout.timeout, f"; start it again with --resume on {out}"
-        )
+        return resumed
+
+    @contextlib.contextmanager
+    def _reporting(self, resumed: bool) -> Iterator[StopRequest]:
+        """Metrics, progress and signals, for the time of the steps; a save on its way is waited for at the end."""
+        trainer, options = self.trainer, self.trainer.options
         with (
             Metrics(
-                out,
+                self.out,
                 trainer.num_steps if resumed else None,
-                writes=self.world.is_main,
+                writes=self.world.is_first,
                 tensorboard=options.tensorboard,
                 track=options.track,
                 config=self.wanted,
@@ -272,13 +289,7 @@ class _Run:
             ) as self.progress,
             self.saver,
         ):
-            if not resumed:
-                with roll_call.step(0):
-                    self._evaluate()
-            while trainer.num_steps < self.steps:
-                with roll_call.step(trainer.num_steps + 1):
-                    self._step(stop)
-        return self._finish()
+            yield stop
 
     def _step(self, stop: StopRequest) -> None:
         """One step, and what is due after it: numbers, an evaluation, a checkpoint, the end."""
@@ -320,10 +331,10 @@ class _Run:
 
     def _resume(self) -> bool:
         """Take up the newest sound checkpoint; False if the run starts from scratch."""
-        if self.ranks.first(lambda: latest_checkpoint(self.out)) is None:
+        if self.world.first(lambda: latest_checkpoint(self.out)) is None:
             return False
         trainer = self.trainer
-        checkpoint = load_checkpoint(self.out, expect_architecture=trainer.architecture, ranks=self.ranks)
+        checkpoint = load_checkpoint(self.out, expect_architecture=trainer.architecture, ranks=self.world)
         data_sha256 = str(checkpoint.state.get("data_sha256"))
         if data_sha256 != trainer.corpus.sha256:
             raise ValueError(
@@ -380,6 +391,15 @@ class _Run:
             f"Try a smaller --lr (now {self.trainer.config.lr:g}), more --warmup-steps, or --skip-nonfinite"
         )
 
+    def _record_config(self) -> None:
+        if (self.out / CONFIG_FILE).exists():
+            return
+        tokenizer = self.trainer.corpus.tokenizer
+        if tokenizer is not None:
+            (self.out / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+            tokenizer.save(self.out / TOKENIZER_FOLDER)
+        atomic_write_json(self.out / CONFIG_FILE, self.wanted)
+
     def _record_environment(self) -> None:
         path = self.out / ENVIRONMENT_FILE
         starts = json.loads(path.read_text()) if path.exists() else []
@@ -407,7 +427,7 @@ class _Run:
             train_seconds=self.train_seconds,
             data_sha256=trainer.corpus.sha256,
         )
-        if self.world.is_main:
+        if self.world.is_first:
             atomic_write_json(self.out / RESULT_FILE, dataclasses.asdict(result))
         skipped = f", {trainer.num_skipped} steps skipped" if trainer.num_skipped else ""
         say(f"{self.title}: validation loss {self.val_loss:.4f} after {duration(self.train_seconds)}{skipped}")

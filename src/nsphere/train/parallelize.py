@@ -20,43 +20,44 @@ from nsphere.layers import Attention, Decoder, DecoderConfig, SwiGLU
 from nsphere.ngpt import QKScale
 from nsphere.ops.linear_cross_entropy import VocabShard
 from nsphere.tensor_parallel import check_heads, kv_rows, parallelize_qk_norm, split
+from nsphere.train.config import TrainConfig
 from nsphere.train.distributed import World
 
 
-def check_layout(
-    config: DecoderConfig,
-    world: World,
-    batch_size: int,
-    micro_batch_size: int,
-    optimizer: str,
-    qk_clip: float | None = None,
-) -> None:
+def check_layout(model: DecoderConfig, world: World, recipe: TrainConfig, micro_batch_size: int) -> None:
     """Refuse what the ranks can't share evenly.
+
+    Args:
+        model: the shape.
+        world: the ranks.
+        recipe: resolved.
+        micro_batch_size: sequences of a forward pass of a rank.
 
     Raises:
         ValueError: what does not divide, and what to change.
     """
-    tp, dp = world.tp, world.dp
+    tp, dp, batch_size = world.tp, world.dp, recipe.batch_size
+    assert batch_size is not None
     if batch_size % (dp * micro_batch_size):
         raise ValueError(
             f"batch_size {batch_size} is not a multiple of {dp} data-parallel ranks x micro_batch_size "
             f"{micro_batch_size}; change --batch-size or --micro-batch-size"
         )
-    if world.size > 1 and optimizer == "muon":
+    if world.size > 1 and recipe.optimizer == "muon":
         raise ValueError(
             "muon orthogonalises whole matrices, and here every rank holds a part of each; train this arm in one "
             "process, or take adamw"
         )
     if tp == 1:
         return
-    if qk_clip is not None:
+    if recipe.qk_clip is not None:
         raise ValueError(f"qk_clip is not made for tensor parallelism, here tp {tp}; take tp 1, or leave it out")
-    check_heads(config.num_heads, config.num_kv_heads, tp)
+    check_heads(model.num_heads, model.num_kv_heads, tp)
     for name in ("d_mlp", "vocab_size", "context"):
-        if getattr(config, name) % tp:
+        if getattr(model, name) % tp:
             advice = "pad the vocabulary, or choose another tp" if name == "vocab_size" else "choose another tp"
-            raise ValueError(f"{name} {getattr(config, name)} is not divisible by tp {tp}; {advice}")
-    if getattr(config, "tied", False):
+            raise ValueError(f"{name} {getattr(model, name)} is not divisible by tp {tp}; {advice}")
+    if getattr(model, "tied", False):
         raise ValueError("a tied embedding is not split by tensor parallelism; take an untied arm, or tp 1")
 
 

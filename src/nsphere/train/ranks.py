@@ -1,12 +1,10 @@
-"""What the processes of a job do together apart from the training step: files, decisions, errors."""
+"""What the processes of a job decide and do together, apart from the training step: files, errors, turns."""
 
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 import torch.distributed as dist
-
-from nsphere.train.distributed import World
 
 T = TypeVar("T")
 
@@ -18,7 +16,7 @@ class _Failure(NamedTuple):
 
 
 class Ranks:
-    """The ranks of a job, or a process on its own.
+    """The ranks of a job, or a process on its own. Every method is called by all of them.
 
     An error of one rank is raised on all of them, so that none is left waiting for one that has gone.
 
@@ -31,24 +29,37 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
 
-    @classmethod
-    def beside(cls, world: World) -> "Ranks":
-        """The ranks of a job in a group of their own, whose messages can't meet the training's. Collective."""
-        if world.mesh is None:
-            return cls()
-        return cls(dist.new_group(backend="gloo", timeout=timedelta(seconds=world.layout.timeout)))
-
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes what is written once."""
+        """Whether this is rank 0, which writes what is written once and talks to the user."""
         return self.rank == 0
 
     def all(self, do: Callable[[], T]) -> list[T]:
         """Do it on every rank; the results by rank.
 
         Raises:
-            What any rank raised, the lowest one first.
+            What any rank raised, the lowest one first; it is named where the error is not everybody's.
         """
+        found = self._exchange(do)
+        failed = {rank: result.error for rank, result in enumerate(found) if isinstance(result, _Failure)}
+        if not failed:
+            return found
+        rank, error = next(iter(failed.items()))
+        if len(failed) < self.size and error.__class__ is ValueError:
+            raise ValueError(f"{error} (rank {rank})")
+        if len(failed) < self.size and error.__class__ is OSError and error.strerror:
+            error.strerror += f" (rank {rank})"
+        raise error
+
+    def first(self, do: Callable[[], T]) -> T:
+        """Do it on rank 0 alone; its result, or its error, on every rank."""
+        result: Any = self._exchange(lambda: do() if self.is_first else None)[0]
+        if isinstance(result, _Failure):
+            raise result.error
+        return result
+
+    def _exchange(self, do: Callable[[], T]) -> list[Any]:
+        """Each rank's result or _Failure."""
         if self.group is None:
             return [do()]
         mine: T | _Failure
@@ -58,16 +69,26 @@ class Ranks:
             mine = _Failure(_portable(error))
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, mine, group=self.group)
-        for rank, result in enumerate(found):
-            if isinstance(result, _Failure):
-                if result.error.__class__ is OSError and result.error.strerror:
-                    result.error.strerror += f" (rank {rank})"
-                raise result.error
         return found
 
-    def first(self, do: Callable[[], T]) -> T:
-        """Do it on rank 0 alone; its result, or its error, on every rank."""
-        return self.all(lambda: do() if self.is_first else None)[0]  # type: ignore[return-value]
+    def largest(self, *numbers: float) -> list[float]:
+        """The maximum over the ranks of each number."""
+        if self.group is None:
+            return list(numbers)
+        seen = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
+        return seen.tolist()
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self.largest(0)
+
+    def first_then_all(self, do: Callable[[], T]) -> T:
+        """Do it on rank 0, then on the others, which find what it left in a cache; this rank's own result."""
+        mine: list[T] = []
+        self.first(lambda: mine.append(do()))
+        self.all(lambda: None if self.is_first else mine.append(do()))
+        return mine[0]
 
 
 def _portable(error: Exception) -> Exception:

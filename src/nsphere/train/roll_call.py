@@ -1,4 +1,4 @@
-"""Which rank is at which step, so that a job that ends for want of one can say which."""
+"""Which rank is at what, so that a job that ends for want of one can say which."""
 
 import os
 import sys
@@ -11,11 +11,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from nsphere.train.distributed import World
+
 EX_TEMPFAIL = 75
 
 
 class LostRank(Exception):
-    """A rank died or hangs; the message names it and its step.
+    """A rank died or hangs; the message names it and what it was doing.
 
     What was saved is good: start the job again. `exit_code` is 75, a temporary failure.
     """
@@ -24,30 +26,39 @@ class LostRank(Exception):
 
 
 class RollCall:
-    """Each rank notes in the job's store which step it is in, and, when it has to leave, that it noticed.
+    """Each rank notes in the job's store what it is doing, and, when it has to leave, that it noticed.
 
     A rank that neither goes on nor notices is the lost one. A collective that waits for it fails in gloo after the
     layout's timeout, or at once if its process has ended. What fails in no other way (a rank that hangs by itself, or
-    waits in NCCL, which does not raise) is ended by a thread that watches every step, and says where it was.
+    waits in NCCL, which does not raise) is ended by a thread that watches what is done with `watched`, and says where
+    it was. A context: the thread ends with it.
 
     Args:
-        rank: this one's number.
-        size: how many there are; with 1 nothing is done.
-        timeout: seconds that a step may take, from the second of this process on (the first compiles).
+        world: the ranks; alone nothing is done.
         last_good: what the message ends with.
     """
 
-    def __init__(self, rank: int, size: int, timeout: float, last_good: str = "") -> None:
-        self.rank, self.size, self.timeout, self.last_good = rank, size, timeout, last_good
-        self._store: Any = dist.distributed_c10d._get_default_store() if size > 1 else None
-        self._since: tuple[float, int] | None = None
-        self._warm = False
-        if size > 1:
+    def __init__(self, world: World, last_good: str = "") -> None:
+        self.rank, self.size, self.timeout, self.last_good = world.rank, world.size, world.layout.timeout, last_good
+        self._store: Any = dist.distributed_c10d._get_default_store() if self.size > 1 else None
+        self._since: tuple[float, str] | None = None
+        self._over = threading.Event()
+
+    def __enter__(self) -> "RollCall":
+        if self._store is not None:
             threading.Thread(target=self._watch, name="roll call", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
 
     @contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """Around the step of that number.
+    def during(self, what: str, watched: bool = False) -> Iterator[None]:
+        """Around what all ranks do, such as "step 3".
+
+        Args:
+            what: as the message calls it.
+            watched: it can't take longer than the timeout, on no rank: nothing is compiled or read in it.
 
         Raises:
             LostRank: in place of the collective's error.
@@ -56,18 +67,17 @@ class RollCall:
             yield
             return
         try:
-            self._note("at", str(number))
-            if self._warm:
-                self._since = time.monotonic(), number
+            self._note("at", what)
+            if watched:
+                self._since = time.monotonic(), what
             yield
         except RuntimeError as error:
             if not is_communication_error(error):
                 self._note("left", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
                 raise
-            raise LostRank(self.who_is_missing(number)) from error
+            raise LostRank(self.who_is_missing(what)) from error
         finally:
             self._since = None
-        self._warm = True
 
     def _note(self, what: str, text: str) -> None:
         # the store may be gone with the process that held it
@@ -81,9 +91,9 @@ class RollCall:
         except (RuntimeError, dist.DistError):
             return None
 
-    def who_is_missing(self, number: int, patience: float = 5.0) -> str:
-        """The ranks that are lost, each with its step, once all others had time to notice."""
-        self._note("noticed", str(number))
+    def who_is_missing(self, during: str, patience: float = 5.0) -> str:
+        """The ranks that are lost, each with what it did last, once all others had time to notice."""
+        self._note("noticed", during)
         end = time.monotonic() + patience
         others = [rank for rank in range(self.size) if rank != self.rank]
         missing = others
@@ -93,22 +103,21 @@ class RollCall:
         told = []
         for rank in missing:
             left = self._read("left", rank)
-            at = self._read("at", rank)  # None before its first step, and where the store went with its rank
-            where = f" in step {at}" if at is not None else ""
+            at = self._read("at", rank)  # None where it had not begun, and where the store went with its rank
+            where = f" in {at}" if at is not None else ""
             told.append(f"rank {rank} stopped{where}: {left}" if left else f"rank {rank} died or hangs{where}")
         what = ", ".join(told) or "all ranks are there, but a message between them did not arrive"
-        return f"{what}; the job ends in step {number}{self.last_good}"
+        return f"{what}; the job ends in {during}{self.last_good}"
 
     def _watch(self) -> None:
         main = threading.main_thread().ident
         assert main is not None
-        while True:
-            time.sleep(min(1.0, self.timeout / 4))
+        while not self._over.wait(min(1.0, self.timeout / 4)):
             since = self._since
             if since is not None and time.monotonic() - since[0] > self.timeout + 10:
                 where = traceback.extract_stack(sys._current_frames()[main])[-1]
                 print(
-                    f"nsphere: rank {self.rank} hangs in step {since[1]}, for {self.timeout + 10:g} s, in {where.name} "
+                    f"nsphere: rank {self.rank} hangs in {since[1]}, for {self.timeout + 10:g} s, in {where.name} "
                     f"({where.filename}:{where.lineno}); the job ends{self.last_good}",
                     file=sys.stderr,
                     flush=True,

@@ -1,4 +1,4 @@
-"""Step times of several trainers, measured so that they are comparable: interleaved in one process."""
+"""Step times of several trainers, measured so that they are comparable: by turns in the same processes."""
 
 import ctypes
 import gc
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from nsphere.collectives import local
 from nsphere.train.trainer import Trainer
 
 
@@ -20,14 +21,16 @@ class StepCost:
     step_time_ms_spread: tuple[float, float]
     """First and third quartile."""
     peak_memory_bytes: int | None
-    """Parameters and optimizer state of this arm, and what a step needs besides; None where it can't be measured."""
+    """Parameters and optimizer state of this arm, and what a step needs besides, on the rank that needs most; None
+    where it can't be measured."""
 
 
 def time_steps(trainers: dict[str, Trainer], rounds: int) -> dict[str, StepCost]:
     """Take `rounds` steps with each trainer, by turns, and return what each step costs.
 
     The turns begin with another trainer each round, so that a slow moment of the machine falls on all alike. Two
-    steps each come first and don't count. The trainers move on by rounds + 2 steps.
+    steps each come first and don't count. Ranks begin each step together, and the slowest one's time counts: every
+    rank returns the same. The trainers move on by rounds + 3 steps.
     """
     names = list(trainers)
     for _ in range(2):
@@ -38,16 +41,16 @@ def time_steps(trainers: dict[str, Trainer], rounds: int) -> dict[str, StepCost]
         for i in range(len(names)):
             name = names[(turn + i) % len(names)]
             _synchronize(trainers[name])
+            trainers[name].world.wait()
             began = time.perf_counter()
             trainers[name].step()
             _synchronize(trainers[name])
             times[name].append(1e3 * (time.perf_counter() - began))
     costs = {}
     for name in names:
-        quartiles = statistics.quantiles(times[name], n=4) if rounds > 1 else [times[name][0]] * 3
-        costs[name] = StepCost(
-            statistics.median(times[name]), (quartiles[0], quartiles[2]), peak_memory(trainers[name])
-        )
+        slowest = trainers[name].world.largest(*times[name])
+        quartiles = statistics.quantiles(slowest, n=4) if rounds > 1 else slowest * 3
+        costs[name] = StepCost(statistics.median(slowest), (quartiles[0], quartiles[2]), peak_memory(trainers[name]))
     return costs
 
 
@@ -60,26 +63,35 @@ def peak_memory(trainer: Trainer) -> int | None:
     """Bytes of the trainer's parameters and optimizer state, and the most that a step allocates on top.
 
     On CUDA the allocator counts. On Linux the kernel does: the high-water mark of resident memory is reset before the
-    step. Elsewhere there is no such counter, and the answer is None.
+    step. Elsewhere there is no such counter, and the answer is None. Of several ranks, that of the one with most.
     """
     state = {id(t): t for o in trainer.optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)}
     state |= {id(p): p for p in trainer.model.parameters()}
-    held = sum(t.numel() * t.element_size() for t in state.values())
+    held = sum(local(t).numel() * t.element_size() for t in state.values())
     gc.collect()
-    if trainer.device.type == "cuda":
-        torch.cuda.synchronize(trainer.device)
-        torch.cuda.reset_peak_memory_stats(trainer.device)
-        before = torch.cuda.memory_allocated(trainer.device)
-        trainer.step()
-        return held + torch.cuda.max_memory_allocated(trainer.device) - before
+    before = _reset_peak(trainer.device)
+    trainer.step()  # on every rank, whether or not it can measure
+    on_top = None if before is None else _peak(trainer.device) - before
+    seen = trainer.world.all(lambda: on_top)
+    return None if None in seen else held + max(bytes for bytes in seen if bytes is not None)
+
+
+def _reset_peak(device: torch.device) -> int | None:
+    """Bytes in use, from which on the peak counts anew; None where there is no such counter."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for reuse would hide what the step needs
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        trainer.step()
-        return held + _status("VmHWM") - before
+        return _status("VmRSS")
     except (OSError, AttributeError, KeyError):
         return None
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 
 def _status(key: str) -> int:

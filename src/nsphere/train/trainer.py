@@ -89,9 +89,7 @@ class Trainer:
             )
         ]
         self.model_config = model_config(arm, config, corpus.vocab_size)
-        check_layout(
-            self.model_config, self.world, config.batch_size, self.micro_batch_size, config.optimizer, config.qk_clip
-        )
+        check_layout(self.model_config, self.world, config, self.micro_batch_size)
         try:
             backend.choose(self.device)
         except RuntimeError as error:  # NSPHERE_BACKEND asks for what can't run here
