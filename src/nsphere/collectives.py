@@ -5,6 +5,7 @@ and see that it is missed. Those that are used inside a model are traced by torc
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 Group: TypeAlias = Any
 """A torch.distributed.ProcessGroup."""
+
+Tensors: TypeAlias = list[list[Tensor]]
+"""For each rank some tensors."""
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -158,3 +162,26 @@ def sum_gradients_(gradients: Sequence[Tensor], group: Group, average: bool = Fa
         flat /= dist.get_world_size(group)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def exchange(
+    sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Sequence[int]]], group: Group, like: Tensor
+) -> Tensors:
+    """What every rank sends to this one, where each sends some tensors to each, in one all-to-all.
+
+    Args:
+        sent: for each rank what goes to it.
+        shapes: for each rank the shapes of what comes from it.
+        group: the ranks.
+        like: a tensor of the dtype and device of all that is sent.
+
+    Returns:
+        For each rank the tensors that came from it.
+    """
+    out = torch.cat([like.new_empty(0), *(t.flatten() for to_rank in sent for t in to_rank)])
+    sizes = [[prod(shape) for shape in from_rank] for from_rank in shapes]
+    come = out.new_empty(sum(map(sum, sizes)))
+    leave = [sum(t.numel() for t in to_rank) for to_rank in sent]
+    dist.all_to_all_single(come, out, [sum(numbers) for numbers in sizes], leave, group=group)
+    parts = iter(come.split([n for numbers in sizes for n in numbers]))
+    return [[next(parts).view(*shape) for shape in from_rank] for from_rank in shapes]

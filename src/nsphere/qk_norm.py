@@ -273,7 +273,7 @@ class QKNorm(nn.Module):
 
     def _side_spec(self, norm: nn.Module | None) -> SideSpec | None:
         """What the fused op does for this side; None where rounding points of its own must be composed."""
-        spec = norm.spec if _is_plain(norm) else None
+        spec = norm.spec if is_plain(norm) else None
         fused = spec.weight_cast == "fused" if spec else self.rope is None or self.rope.compute_dtype != "input"
         return SideSpec(spec, self.rope, self.place == "before", self.over) if fused else None
 
@@ -477,7 +477,7 @@ class QKNorm(nn.Module):
     def _longest(self, norm: nn.Module | None, heads: int | None, multiplier: Any) -> float | None:
         if type(norm) is L2Clip and not _has_hooks(norm) and self.over == "head":
             radius = norm.max_norm
-        elif isinstance(norm, StatisticNorm) and _is_plain(norm) and not isinstance(self.over, tuple):
+        elif isinstance(norm, StatisticNorm) and is_plain(norm) and not isinstance(self.over, tuple):
             radius = 1.0 if norm.spec.statistic == "l2" else norm.dim**0.5
             factor, shift = norm.factor(), norm.shift()
             radius *= abs(norm.spec.scale) * (1.0 if factor is None else factor.abs().max().item())
@@ -517,7 +517,7 @@ class _Side:
 
     def values(self, *, with_factors: bool) -> SideTensors:
         """What the fused op takes."""
-        weight, bias = (self.norm.weight, self.norm.bias) if _is_plain(self.norm) else (None, None)
+        weight, bias = (self.norm.weight, self.norm.bias) if is_plain(self.norm) else (None, None)
         cos, sin = (None, None) if self.rope is None else self.rope
         if not with_factors:
             return SideTensors(weight, bias, cos, sin)
@@ -543,10 +543,10 @@ def _has_hooks(module: nn.Module) -> bool:
 def _is_custom(norm: nn.Module | None) -> bool:
     """Whether the norm must be called to know what it does."""
     nothing = norm is None or (type(norm) is nn.Identity and not _has_hooks(norm))
-    return not nothing and not _is_plain(norm)
+    return not nothing and not is_plain(norm)
 
 
-def _is_plain(norm: nn.Module | None) -> TypeGuard[StatisticNorm]:
+def is_plain(norm: nn.Module | None) -> TypeGuard[StatisticNorm]:
     """Whether calling the norm does what its spec says and nothing more: no other forward, no hooks."""
     if not isinstance(norm, StatisticNorm) or _has_hooks(norm) or "forward" in vars(norm):
         return False

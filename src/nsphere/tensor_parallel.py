@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from nsphere.collectives import Group, sum_statistic
 from nsphere.norms import StatisticNorm, compute_dtype, eps_of, inverse_root
-from nsphere.qk_norm import LearnedMultiplier, QKNorm, Tables
+from nsphere.qk_norm import LearnedMultiplier, QKNorm, Tables, is_plain
 from nsphere.rope import rotate
 
 View = Callable[[Tensor], Tensor]
@@ -62,7 +62,7 @@ def parallelize_qk_norm(qk_norm: QKNorm, mesh: DeviceMesh) -> None:
     heads that several ranks hold, where there are fewer of them than ranks).
 
     Args:
-        qk_norm: with norms of the built-in family, or none.
+        qk_norm: with norms of the built-in family, with none, or over a head with any whose weights the heads share.
         mesh: of one axis, over which q's heads are split in order.
 
     Raises:
@@ -111,11 +111,9 @@ def kv_rows(kv_heads: int, head_dim: int, mesh: DeviceMesh) -> slice:
 def _split_norm(norm: nn.Module | None, owner: QKNorm, rows: int, shared_by: int, mesh: DeviceMesh) -> None:
     if norm is None:
         return
-    if not isinstance(norm, StatisticNorm):
-        raise ValueError(
-            f"{type(norm).__name__} is no built-in norm, so it is unknown how it is split among ranks; use l2, rms or "
-            "layer, or tp 1"
-        )
+    if not is_plain(norm):
+        _hold_whole(norm, owner, mesh)
+        return
     if owner.over == "full" and norm.spec.weight_cast not in ("fused", "before"):
         raise ValueError(
             f"a norm over all heads with weight_cast={norm.spec.weight_cast!r} can't be split among ranks; "
@@ -133,6 +131,24 @@ def _split_norm(norm: nn.Module | None, owner: QKNorm, rows: int, shared_by: int
         split(norm, mesh, {}, lambda w: w.unflatten(0, (rows, -1))[head : head + 1].flatten(0, 1))
     if norm.num_heads is not None:
         norm.num_heads = max(1, norm.num_heads // mesh.size())
+
+
+def _hold_whole(norm: nn.Module, owner: QKNorm, mesh: DeviceMesh) -> None:
+    """A norm of the user's own: over a head it acts on this rank's heads as on any, if its weights are of all heads."""
+    name = type(norm).__name__
+    if owner.over == "full":
+        raise ValueError(
+            f"{name} over all heads is no built-in norm, so it is unknown what its ranks have to sum; use l2, rms or "
+            'layer, over="head", or tp 1'
+        )
+    for parameter, p in norm.named_parameters():
+        if p.dim() > 1 or p.numel() > owner.head_dim:
+            raise ValueError(
+                f"{name}.{parameter} of shape {list(p.shape)} may differ from head to head, and it is unknown how "
+                f"ranks split it; use a weight [{owner.head_dim}] that the heads share, or tp 1"
+            )
+    for module in norm.modules():
+        split(module, mesh, {})
 
 
 class _FullWidth(QKNorm):

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import torch
 from torch import Tensor
 
 import nsphere.collectives as collectives
@@ -34,6 +35,18 @@ def _except(average: bool) -> Callable[..., Any]:
     )
 
 
+def _own_parts() -> Callable[..., Any]:
+    real = collectives.exchange
+
+    def alone(sent: Any, shapes: Any, group: Any, like: Tensor) -> Any:
+        return [
+            [t if rank == group.rank() else torch.zeros_like(t) for t in came]
+            for rank, came in enumerate(real(sent, shapes, group, like))
+        ]
+
+    return alone
+
+
 FULL = "gpt-qknorm:qk_norm_over=full"
 MUTATIONS = {
     "projection's sums of squares": Mutation("sum_squares_", lambda *_: None, "fsdp", "ngpt", {"d_mlp": 33}),
@@ -56,6 +69,7 @@ MUTATIONS = {
     ),
     "softmax's largest logit": Mutation("largest_logit", lambda x, _: x, "tp", "gpt"),
     "softmax's sum over words": Mutation("sum_over_words", lambda x, _: x, "tp", "gpt"),
+    "matrices that Muon puts together": Mutation("exchange", _own_parts(), "fsdp", "gpt-muon"),
     "norm that gradients are clipped by": Mutation(
         "sum_totals", lambda x, group=None: x, "fsdp", "ngpt", {}, "nsphere.train.gradients"
     ),

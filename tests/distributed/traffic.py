@@ -13,6 +13,7 @@ KINDS = {
     "c10d.allreduce_": "all_reduce",
     "c10d._allgather_base_": "all_gather",
     "c10d._reduce_scatter_base_": "reduce_scatter",
+    "c10d.alltoall_base_": "all_to_all",
     "_c10d_functional.all_reduce": "all_reduce",
     "_c10d_functional.all_gather_into_tensor": "all_gather",
     "_c10d_functional.reduce_scatter_tensor": "reduce_scatter",
@@ -35,7 +36,9 @@ class Traffic(TorchDispatchMode):
         if kind is not None:
             tensors = [t for t in torch.utils._pytree.tree_leaves((args, result)) if isinstance(t, Tensor)]
             self.calls[kind] += 1
-            self.bytes[kind] += max(t.numel() * t.element_size() for t in tensors)
+            # of an all-to-all what this rank gives: the second tensor
+            about = tensors[1:2] if kind == "all_to_all" else tensors
+            self.bytes[kind] += max(t.numel() * t.element_size() for t in about)
         elif name[0] in ("c10d", "_c10d_functional") and "wait_tensor" not in name[2]:
             raise AssertionError(f"an unknown collective: {func.name()}")
         return result

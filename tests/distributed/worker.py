@@ -14,16 +14,18 @@ import tiny
 import torch
 import torch.distributed as dist
 from mutations import MUTATIONS, applied
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from traffic import counted
 
 from nsphere.collectives import local, split_axes
 from nsphere.hypersphere import assert_on_hypersphere, max_norm_deviation, project_what_is_off_, sphere_matrices
+from nsphere.norms import register_norm
 from nsphere.train import scaling
 from nsphere.train.config import resolve
 from nsphere.train.data import DataConfig, load_corpus
 from nsphere.train.distributed import Layout, World, start
 from nsphere.train.model_state import canonical_name
+from nsphere.train.muon import ShardedMuon
 from nsphere.train.trainer import Trainer
 
 STEPS = 20
@@ -76,6 +78,20 @@ class Job:
 def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     parameters = {canonical_name(name): p.detach() for name, p in trainer.model.named_parameters()}
     return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for n, p in parameters.items()}
+
+
+def same_start(job: Job, world: World) -> bool:
+    """Whether a layout begins with the bits of one process, parameters and buffers."""
+    same = True
+    for arm in ("ngpt", "gpt-qknorm", "gpt-tied", "ngpt-fixed-suv"):
+        one, many = job.trainer(arm), job.trainer(arm, world)
+        for mine, theirs in ((whole_weights(one), whole_weights(many)), (buffers(one), buffers(many))):
+            same &= mine.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in mine.items())
+    return same
+
+
+def buffers(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {canonical_name(name): buffer for name, buffer in trainer.model.named_buffers()}
 
 
 @contextmanager
@@ -138,8 +154,10 @@ def sent(job: Job, arm: str, world: World, micro_batches: int = 1, **shape: Any)
     trainer.step()
     with counted() as traffic:
         trainer.step()
-    layout, config = world.layout, trainer.model_config
-    bf16 = trainer.autocast_dtype is not None
+    layout, config = world.layout, trainer.config
+    bf16, muon = trainer.autocast_dtype is not None, config.optimizer == "muon"
+    if muon:  # of an all-to-all each rank has seen its own part
+        traffic.bytes["all_to_all"] = int(world.sum(torch.tensor(traffic.bytes["all_to_all"])))
     split = sum(bool(split_axes(m.weight, m.dim)) for m in sphere_matrices(trainer.model))
     state = [t for o in trainer.optimizers for s in o.state.values() for t in s.values() if t.dim()]
     numbers = sum(local(t).numel() for t in [*state, *trainer.model.parameters()])
@@ -149,9 +167,54 @@ def sent(job: Job, arm: str, world: World, micro_batches: int = 1, **shape: Any)
         "bytes": dict(traffic.bytes),
         "split_matrices": split,
         "state_bytes": 4 * (numbers + gradients),
-        "on_paper": scaling.traffic(config, layout, rows=2, micro_batches=micro_batches, bf16=bf16),
-        "state_on_paper": scaling.state_bytes(config, layout),
+        "on_paper": scaling.traffic(
+            trainer.model_config, layout, rows=2, micro_batches=micro_batches, bf16=bf16, muon=muon
+        ),
+        "state_on_paper": scaling.state_bytes(trainer.model_config, layout, muon=muon),
     }
+
+
+def muon_bits(world: World) -> bool:
+    """Whether the same gradients make the same weights as torch's Muon of whole matrices; some ranks have no part."""
+    assert world.mesh is not None
+    mesh, rng = world.mesh["dp_shard"], torch.Generator().manual_seed(0)
+    shapes = [(8, 12, 0), (13, 6, 0), (1, 9, 0), (6, 5, 1), (9, 4, 0)][: world.size - 1 if world.size > 2 else 5]
+    whole = [torch.nn.Parameter(torch.randn(n, m, generator=rng)) for n, m, _ in shapes]
+
+    def split(w: torch.Tensor, dim: int) -> torch.Tensor:
+        return distribute_tensor(w.detach().clone(), mesh, [Shard(dim)], src_data_rank=None)
+
+    parts = [torch.nn.Parameter(split(w, dim)) for w, (_, _, dim) in zip(whole, shapes, strict=True)]
+    options = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = torch.optim.Muon(whole, **options), ShardedMuon(parts, **options)
+    for _ in range(3):
+        for w, part, (_, _, dim) in zip(whole, parts, shapes, strict=True):
+            w.grad = torch.randn(w.shape, generator=rng)
+            part.grad = split(w.grad, dim)
+        for optimizer in optimizers:
+            optimizer.step()
+    return all(torch.equal(w, part.full_tensor()) for w, part in zip(whole, parts, strict=True))  # type: ignore[attr-defined]
+
+
+@register_norm("tests-own")
+class OwnNorm(torch.nn.Module):
+    """A norm over a head that no spec describes."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x / (1 + x.abs().mean(-1, keepdim=True))
+
+
+@register_norm("tests-own-per-head")
+class OwnPerHead(OwnNorm):
+    """The same with weights of which nobody knows to which head they belong."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim)
+        self.weight = torch.nn.Parameter(torch.ones(num_heads, dim))
 
 
 def refusal(make: Callable[[], Any]) -> str:
@@ -174,6 +237,8 @@ def two_ranks(job: Job) -> dict[str, Any]:
         # 33 columns of W_down are not shared evenly by two: the projection then needs its all-reduce
         found["parity"]["ngpt odd fsdp"] = job.against_one("ngpt", fsdp, 6, d_mlp=33)
         found["parity"]["gpt-tied fsdp"] = job.against_one("gpt-tied", fsdp, 6)
+        found["parity"]["gpt-tied tp"] = job.against_one("gpt-tied", tp, 6)
+        found["parity"]["norm of one's own tp"] = job.against_one("gpt:qk_norm=tests-own", tp, 6)
         found["parity"]["qk-clip fsdp"] = job.against_one("gpt:qk_clip=0.01", fsdp, 6)
         for arm in ("ngpt-forward", "ngpt-scalar-suv", "ngpt:convention=nvidia"):
             found["parity"][f"{arm} tp"] = job.against_one(arm, tp, 3)
@@ -181,6 +246,10 @@ def two_ranks(job: Job) -> dict[str, Any]:
             "fsdp": job.against_one("ngpt", fsdp, 3, dtype="bfloat16"),
             "tp": job.against_one("ngpt", tp, 3, dtype="bfloat16"),
         }
+        found["muon"] = {name: job.against_one("gpt-muon", world, 6) for name, world in (("fsdp", fsdp), ("ddp", ddp))}
+        found["muon"]["ngpt odd fsdp"] = job.against_one("ngpt:optimizer=muon", fsdp, 6, d_mlp=33)
+        found["muon_bits"] = muon_bits(fsdp)
+        found["same_start"] = same_start(job, fsdp)
         with world_of(tp=2, activation_checkpointing=True) as ac:
             found["parity"]["ngpt checkpointed tp"] = job.against_one("ngpt", ac, 6)
         for name, world in (("fsdp", fsdp), ("tp", tp)):
@@ -197,14 +266,16 @@ def two_ranks(job: Job) -> dict[str, Any]:
             found["sent"][f"{arm} fsdp"] = sent(job, arm, fsdp)
             found["sent"][f"{arm} tp"] = sent(job, arm, tp)
         found["sent"]["ngpt accumulated tp"] = sent(job, "ngpt", tp, micro_batches=2)
+        found["sent"]["gpt-muon fsdp"] = sent(job, "gpt-muon", fsdp)
         found["sent"]["ngpt odd fsdp"] = sent(job, "ngpt", fsdp, d_mlp=33)
         found["refused"] = {
             "heads": refusal(lambda: job.trainer("gpt", tp, num_heads=1)),
             "batch": refusal(lambda: job.trainer("gpt", fsdp, batch_size=6)),
             "d_mlp": refusal(lambda: job.trainer("gpt", tp, d_mlp=33)),
             "context": refusal(lambda: job.trainer("gpt", tp, context=15)),
-            "muon": refusal(lambda: job.trainer("gpt-muon", fsdp)),
-            "tied": refusal(lambda: job.trainer("gpt-tied", tp)),
+            "muon": refusal(lambda: job.trainer("gpt-muon", tp)),
+            "own_full": refusal(lambda: job.trainer("gpt:qk_norm=tests-own,qk_norm_over=full", tp)),
+            "own_per_head": refusal(lambda: job.trainer("gpt:qk_norm=tests-own-per-head", tp)),
             "qk_clip": refusal(lambda: job.trainer("gpt:qk_clip=100", tp)),
             "size": refusal(lambda: start(Layout(tp=3), "cpu").__enter__()),
         }
@@ -226,6 +297,12 @@ def four_ranks(job: Job) -> dict[str, Any]:
         found["parity"][f"{FULL} two key heads, tp 4"] = job.against_one(FULL, tp, 2, num_kv_heads=2)
         found["parity"]["ngpt replicated 2 x tp 2"] = job.against_one("ngpt", ddp_tp, 3)
         found["parity"]["ngpt multi-query fsdp 2 x tp 2"] = job.against_one("ngpt", fsdp_tp, 3, num_kv_heads=1)
+        found["parity"]["gpt-tied fsdp 2 x tp 2"] = job.against_one("gpt-tied", fsdp_tp, 3)
+        found["muon"] = {
+            name: job.against_one("gpt-muon", world, 6) for name, world in (("fsdp 4", fsdp), ("hsdp 2x2", hsdp))
+        }
+        found["muon_bits"] = muon_bits(fsdp)
+        found["same_start"] = same_start(job, fsdp_tp)
         found["same_twice"]["fsdp 2 x tp 2"] = same_twice(job, "ngpt", fsdp_tp)
         found["same_twice"]["hsdp 2x2"] = same_twice(job, "ngpt", hsdp)
         found["sphere fsdp 2 x tp 2"] = on_the_sphere(job, fsdp_tp)

@@ -6,6 +6,7 @@ from torch.optim import Optimizer
 from nsphere.layers import Decoder
 from nsphere.optim import SphereAdamW, keep_on_hypersphere
 from nsphere.train.config import TrainConfig
+from nsphere.train.muon import ShardedMuon
 
 
 def make_optimizers(model: Decoder, config: TrainConfig) -> list[Optimizer]:
@@ -22,10 +23,9 @@ def make_optimizers(model: Decoder, config: TrainConfig) -> list[Optimizer]:
         in_blocks = {id(p) for p in model.get_submodule("blocks").parameters()}
         hidden = [p for p in matrices if id(p) in in_blocks]
         matrices = [p for p in matrices if id(p) not in in_blocks]
+        muon = ShardedMuon if any(hasattr(p, "device_mesh") for p in hidden) else torch.optim.Muon
         optimizers.append(
-            torch.optim.Muon(
-                hidden, lr=config.lr, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-            )
+            muon(hidden, lr=config.lr, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
         )
     groups: list[dict[str, object]] = [
         {"params": matrices, "weight_decay": config.weight_decay},

@@ -43,13 +43,12 @@ def check_layout(model: DecoderConfig, world: World, recipe: TrainConfig, micro_
             f"batch_size {batch_size} is not a multiple of {dp} data-parallel ranks x micro_batch_size "
             f"{micro_batch_size}; change --batch-size or --micro-batch-size"
         )
-    if world.size > 1 and recipe.optimizer == "muon":
-        raise ValueError(
-            "muon orthogonalises whole matrices, and here every rank holds a part of each; train this arm in one "
-            "process, or take adamw"
-        )
     if tp == 1:
         return
+    if recipe.optimizer == "muon":
+        raise ValueError(
+            f"muon orthogonalises whole matrices, and tensor parallelism splits them, here tp {tp}; take tp 1, or adamw"
+        )
     if recipe.qk_clip is not None:
         raise ValueError(f"qk_clip is not made for tensor parallelism, here tp {tp}; take tp 1, or leave it out")
     check_heads(model.num_heads, model.num_kv_heads, tp)
@@ -57,15 +56,13 @@ def check_layout(model: DecoderConfig, world: World, recipe: TrainConfig, micro_
         if getattr(model, name) % tp:
             advice = "pad the vocabulary, or choose another tp" if name == "vocab_size" else "choose another tp"
             raise ValueError(f"{name} {getattr(model, name)} is not divisible by tp {tp}; {advice}")
-    if getattr(model, "tied", False):
-        raise ValueError("a tied embedding is not split by tensor parallelism; take an untied arm, or tp 1")
 
 
 def parallelize(model: Decoder, world: World, autocast_dtype: torch.dtype | None, compile: bool) -> None:
     """Spread a model that every rank built alike over the ranks, in place, and compile its parts if asked.
 
     Args:
-        model: on the CPU or the rank's device; afterwards on the latter.
+        model: on any device, its matrices perhaps without memory (on meta).
         world: with a layout that `check_layout` allows.
         autocast_dtype: what products are computed in; matrices are gathered in it. None is fp32.
         compile: whether to compile each block and the loss.
@@ -81,7 +78,10 @@ def parallelize(model: Decoder, world: World, autocast_dtype: torch.dtype | None
         model.compile_parts()
     if world.dp > 1:
         apply_fsdp(model, world, autocast_dtype, columns)
-    model.to(world.device)
+
+
+def _is_tied(model: Decoder) -> bool:
+    return getattr(model.config, "tied", False)
 
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
@@ -92,8 +92,8 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     _split_rows(model.embed, mesh)
     model.embed.__class__ = type("SplitEmbedding", (_OwnWords, type(model.embed)), {})
     model.embed.words = VocabShard(first, group)  # type: ignore[assignment]
-    head = model.get_submodule("head")
-    _split_rows(head, mesh)
+    if not _is_tied(model):  # a tied head computes with the embedding's rows
+        _split_rows(model.get_submodule("head"), mesh)
     model.vocab_shard = VocabShard(first, group)
     for block in model.blocks:
         for module in block.modules():
@@ -169,7 +169,7 @@ def apply_fsdp(model: Decoder, world: World, autocast_dtype: torch.dtype | None,
     dtype, which rounds what autocast would have rounded; the embedding, which autocast leaves alone, in fp32.
 
     Args:
-        model: on the CPU or the rank's device.
+        model: on any device.
         world: with more than one data-parallel rank.
         autocast_dtype: of products; None is fp32.
         columns: ids of the matrices whose columns are unit vectors: where they divide evenly they are split by
@@ -189,9 +189,11 @@ def apply_fsdp(model: Decoder, world: World, autocast_dtype: torch.dtype | None,
     vectors = {p for p in model.parameters() if p.dim() < 2}
     for block in model.blocks:
         shard(block, autocast_dtype)
-    tied = getattr(model.config, "tied", False)
+    tied = _is_tied(model)
     if not tied:
         shard(model.embed, None)
+        if getattr(model.config, "projection", "step") == "step":  # a look-up's gradient needs no weights
+            model.embed.set_unshard_in_backward(False)  # type: ignore[operator]
     shard(model, None if tied else autocast_dtype)
     register_fsdp_forward_method(model, "loss")
 

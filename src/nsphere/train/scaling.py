@@ -13,7 +13,7 @@ from nsphere.ops.linear_cross_entropy import MAX_LOGITS
 from nsphere.train.distributed import Layout
 
 FP32 = 4
-KINDS = ("all_gather", "reduce_scatter", "all_reduce")
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,12 @@ def sizes(config: DecoderConfig) -> Sizes:
     return Sizes(block, config.vocab_size * d, 0, (2 * L + 1) * d)
 
 
-def state_bytes(config: DecoderConfig, layout: Layout) -> int:
-    """Of a rank: fp32 weights, gradients and Adam's two moments, where everything divides evenly."""
+def state_bytes(config: DecoderConfig, layout: Layout, muon: bool = False) -> int:
+    """Of a rank: fp32 weights, gradients and Adam's two moments (Muon's one), where everything divides evenly."""
     s, shards = sizes(config), (layout.dp_shard or 1) * layout.tp
     matrices = config.num_layers * s.block + 2 * s.embedding
-    return 4 * FP32 * (matrices // shards + s.split_vectors // layout.tp + s.whole_vectors)
+    adam = 4 * FP32 * (matrices // shards + s.split_vectors // layout.tp + s.whole_vectors)
+    return adam - FP32 * config.num_layers * s.block // shards if muon else adam
 
 
 def working_bytes(config: DecoderConfig, layout: Layout, rows: int) -> int:
@@ -63,7 +64,13 @@ def working_bytes(config: DecoderConfig, layout: Layout, rows: int) -> int:
 
 
 def traffic(
-    config: DecoderConfig, layout: Layout, *, rows: int, micro_batches: int = 1, bf16: bool = True
+    config: DecoderConfig,
+    layout: Layout,
+    *,
+    rows: int,
+    micro_batches: int = 1,
+    bf16: bool = True,
+    muon: bool = False,
 ) -> dict[str, tuple[int, int]]:
     """Collectives of a rank in one step: kind -> (calls, bytes).
 
@@ -73,6 +80,7 @@ def traffic(
         rows: sequences of a micro-batch on a rank.
         micro_batches: how many of them a step accumulates.
         bf16: whether products are in bf16 (autocast), or all in fp32.
+        muon: whether Muon trains the blocks' matrices, each orthogonalised on one rank of a shard group.
     """
     s, L, tp, shard = sizes(config), config.num_layers, layout.tp, layout.dp_shard or 1
     half = 2 if bf16 else FP32
@@ -83,12 +91,15 @@ def traffic(
         sent[kind] += times * each
 
     if shard > 1:
-        # forward and backward; the head stays gathered between the two
+        # blocks in forward and backward; the head stays gathered between the two, and the embedding's gradient
+        # needs no weights
         add("all_gather", 2 * L * micro_batches, s.block // tp * half)
-        add("all_gather", 2 * micro_batches, s.embedding // tp * FP32)
+        add("all_gather", micro_batches, s.embedding // tp * FP32)
         add("all_gather", micro_batches, s.embedding // tp * half)
         add("reduce_scatter", L * micro_batches, s.block // tp * FP32)
         add("reduce_scatter", 2 * micro_batches, s.embedding // tp * FP32)
+        if muon:  # updates there and back, in bf16 whatever the rest is in
+            add("all_to_all", 2, 2 * L * s.block)
     if layout.dp_replicate > 1:  # what is left of each block's gradient after the reduce-scatter
         add("all_reduce", L * micro_batches, s.block // (tp * shard) * FP32)
         add("all_reduce", 2 * micro_batches, s.embedding // (tp * shard) * FP32)
@@ -139,7 +150,7 @@ def table() -> str:
         for replicate, shard, tp in shapes:
             config, layout = SHAPES[name], Layout(replicate, shard, tp)
             sent = traffic(config, layout, rows=1)
-            cells = [f"{calls}: {_in_units(sent_bytes)}" for calls, sent_bytes in sent.values()]
+            cells = [f"{sent[kind][0]}: {_in_units(sent[kind][1])}" for kind in KINDS[:3]]
             state, working = state_bytes(config, layout) / 2**30, working_bytes(config, layout, 1) / 2**30
             mesh = f"{replicate} × {shard} × {tp}"
             start = f"| {name} | {replicate * shard * tp} | {mesh} | {state:.1f} | {working:.1f}"

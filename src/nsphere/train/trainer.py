@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
+from nsphere.layers import Decoder
 from nsphere.ops import backend
 from nsphere.ops.backend import Ability, can_compile
 from nsphere.presets import PRESETS, make_model
@@ -21,6 +22,7 @@ from nsphere.train.config import RunOptions, TrainConfig, model_config
 from nsphere.train.data import Batches, Corpus, val_batches
 from nsphere.train.distributed import Layout, World
 from nsphere.train.gradients import clip_grad_norm_, reduce_vectors_
+from nsphere.train.initial import make_spread
 from nsphere.train.machine import choose_device, has_bf16
 from nsphere.train.optimizer import make_optimizers
 from nsphere.train.parallelize import check_layout, parallelize, reshard
@@ -95,17 +97,27 @@ class Trainer:
         except RuntimeError as error:  # NSPHERE_BACKEND asks for what can't run here
             raise ValueError(str(error)) from None
         self.compiled = options.compile and can_compile(self.device.type).available
-        # every rank makes the whole model from the seed and keeps its part: the weights of any layout are the same
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.model = make_model(self.model_config)
-        if not self.compiled:
-            for module in self.model.modules():
-                if isinstance(module, QKNorm):
-                    module.backend = "reference"  # eager means eager: its op would compile itself
-        parallelize(self.model, self.world, self.autocast_dtype, self.compiled)
+        self.model = self._make_model()
         self.optimizers = make_optimizers(self.model, config)
         self.qk_clip = None if config.qk_clip is None else QKClip(self.model, config.qk_clip)
+
+    def _make_model(self) -> Decoder:
+        """The weights of any layout are those that one process draws from the seed."""
+
+        def spread(model: Decoder) -> None:
+            if not self.compiled:
+                for module in model.modules():
+                    if isinstance(module, QKNorm):
+                        module.backend = "reference"  # eager means eager: its op would compile itself
+            parallelize(model, self.world, self.autocast_dtype, self.compiled)
+
+        if self.world.mesh is not None:
+            return make_spread(self.model_config, self.config.seed, self.device, spread)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            model = make_model(self.model_config)
+        spread(model)
+        return model.to(self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The context that forward passes run in."""
