@@ -101,8 +101,9 @@ def _explain(error: Exception) -> tuple[str, int] | None:
 
 def _complain(message: str, code: int) -> int:
     if rank := int(os.environ.get("RANK", "0")):
-        # what is wrong on all ranks is said once, by rank 0, whose end lets torchrun end the others
-        time.sleep(5)
+        # what is wrong on all ranks is said once, by rank 0, whose end lets torchrun end the others; a busy machine
+        # may take seconds for that, but a job that was told to stop must not linger
+        time.sleep(30 if code == 2 else 5)
         message = f"rank {rank}: {message}"
     print(" ".join(message.split()), file=sys.stderr)
     return code
