@@ -210,7 +210,10 @@ def _compile(function: Callable[..., Any], free: tuple[int, ...]) -> Callable[..
             *[None if t is None else (t.dtype, t.device, t.shape, t.stride(), t.is_inference()) for t in tensors],
         )
         compiled = seen.get(looks)
-        return (for_looks(looks, tensors) if compiled is None else compiled)(*tensors)
+        if compiled is None:
+            # detached: the compiler must not see that some are no leaves
+            return for_looks(looks, tensors)(*[None if t is None else t.detach() for t in tensors])
+        return compiled(*tensors)
 
     return call
 
@@ -232,7 +235,7 @@ def _for_all_lengths(function: Callable[..., Any], free: tuple[int, ...]) -> Cal
     def call(*tensors: Tensor | None) -> Any:
         if gave_up:
             return function(*tensors)
-        # detached, so that it makes no difference to the guards between training and evaluation
+        # detached: to the guards training and evaluation shall look the same
         detached = [None if t is None else t.detach() for t in tensors]
         for t, n in zip(detached, free, strict=True):
             if t is not None:
