@@ -53,8 +53,11 @@ class Plan:
 
     @functools.cached_property
     def backward(self) -> Callable[[tuple[bool, ...]], Callable[..., Any]]:
-        """Which fields want a gradient -> (each gradient, kept tensor, 1/root, undo factors; fields; constants) -> per
-        side (dx, dw, db, dm), where what is not wanted is None."""
+        """Which fields want a gradient -> the function for these.
+
+        That is (each gradient, kept tensor, 1/root and undo factors; fields; constants) -> per side (dx, dw, db, dm),
+        where what is not wanted is None.
+        """
         return functools.cache(functools.partial(_backward, self))
 
 
@@ -68,7 +71,7 @@ def run(sides: tuple[Tensor, ...], values: tuple[SideTensors, ...], plan: Plan) 
     """Apply the plan to q and k, or to one of them, with a backward that keeps little (first derivatives only)."""
     flat = tuple([w for t in values for w in (t.weight, t.bias, t.cos, t.sin, t.multiplier)])
     constants = tuple([t.constant for t in values])
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (*sides, *flat)]):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*sides, *flat)):
         return _Function.apply(plan, constants, *sides, *flat)
     with _no_autocast(sides[0]), torch.no_grad():
         return plan.forward(*sides, *flat, *_tensors(constants))[: len(sides)]
