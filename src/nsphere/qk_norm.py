@@ -309,15 +309,12 @@ class QKNorm(nn.Module):
         """
         q, k = self._to_bshd(q, "q"), self._to_bshd(k, "k")
         k_rope = rope if k_rope is None else k_rope
-        q_norm, k_norm = self._norms()
-        self._check(q, q_norm, self.num_heads, "q")
-        self._check(k, k_norm, self.num_kv_heads, "k")
-        self._check_both(q, k, rope, k_rope)
+        self._check(q, k, rope, k_rope)
         q_factors = self._factors("q", q, self.multiplier, multiplier, positions)
         k_factors = self._factors("k", k, self.k_multiplier, k_multiplier, positions)
         sides = (
-            _Side(q, q_norm, rope, self.multiplier, q_factors),
-            _Side(k, k_norm, k_rope, self.k_multiplier, k_factors),
+            _Side(q, self.q_norm, rope, self.multiplier, q_factors),
+            _Side(k, self.k_norm, k_rope, self.k_multiplier, k_factors),
         )
         fused = []
         for side in sides:
@@ -368,7 +365,7 @@ class QKNorm(nn.Module):
             return x.transpose(0, 1)
         return x.transpose(1, 2) if self.layout == "bhsd" else x
 
-    def _check(self, x: Tensor, norm: nn.Module | None, heads: int | None, name: str) -> None:
+    def _check_side(self, x: Tensor, norm: nn.Module | None, heads: int | None, name: str) -> None:
         if not x.is_floating_point():
             raise TypeError(f"QKNorm got {name} of {x.dtype}; give floating-point tensors")
         if norm is None:
@@ -386,7 +383,9 @@ class QKNorm(nn.Module):
         if isinstance(weight, Tensor) and weight.device != x.device:
             raise ValueError(f"{name} is on {x.device} and the norm's weight on {weight.device}; move one")
 
-    def _check_both(self, q: Tensor, k: Tensor, rope: Tables | None, k_rope: Tables | None) -> None:
+    def _check(self, q: Tensor, k: Tensor, rope: Tables | None, k_rope: Tables | None) -> None:
+        self._check_side(q, self.q_norm, self.num_heads, "q")
+        self._check_side(k, self.k_norm, self.num_kv_heads, "k")
         if k.dtype != q.dtype or k.device != q.device:
             raise ValueError(
                 f"QKNorm got q of {q.dtype} on {q.device} and k of {k.dtype} on {k.device}; give both the same"
@@ -479,7 +478,7 @@ class QKNorm(nn.Module):
     def _longest(self, norm: nn.Module | None, heads: int | None, multiplier: Any) -> float | None:
         if type(norm) is L2Clip and not _has_hooks(norm) and self.over == "head":
             radius = norm.max_norm
-        elif isinstance(norm, StatisticNorm) and _is_plain(norm) and not isinstance(self.over, tuple):
+        elif isinstance(norm, StatisticNorm) and is_plain(norm) and not isinstance(self.over, tuple):
             radius = 1.0 if norm.spec.statistic == "l2" else norm.dim**0.5
             factor, shift = norm.factor(), norm.shift()
             radius *= abs(norm.spec.scale) * (1.0 if factor is None else factor.abs().max().item())
@@ -520,7 +519,7 @@ class _Side:
     """The norm, if calling it does what its spec says and nothing more."""
 
     def __post_init__(self) -> None:
-        self.plain = self.norm if _is_plain(self.norm) else None
+        self.plain = self.norm if is_plain(self.norm) else None
 
     @property
     def is_custom(self) -> bool:
@@ -553,7 +552,7 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_plain(norm: nn.Module | None) -> TypeGuard[StatisticNorm]:
+def is_plain(norm: nn.Module | None) -> TypeGuard[StatisticNorm]:
     """Whether calling the norm does what its spec says and nothing more: no other forward, no hooks."""
     if not isinstance(norm, StatisticNorm) or _has_hooks(norm) or "forward" in vars(norm):
         return False
