@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 import torch
 from torch import Tensor, nn
 
-from nsphere.norms import L2Clip, StatisticNorm, compute_dtype, make_norm
+from nsphere.norms import L2Clip, NormSpec, StatisticNorm, compute_dtype, make_norm
 from nsphere.ops import backend as backends
 from nsphere.ops.qk_norm_rope import SideSpec, SideTensors, norm_rope, qk_norm_rope
 from nsphere.rope import RopeSpec, rotate
@@ -271,9 +271,8 @@ class QKNorm(nn.Module):
     def _norms(self) -> tuple[nn.Module | None, nn.Module | None]:
         return self.q_norm, self.k_norm
 
-    def _side_spec(self, norm: nn.Module | None) -> SideSpec | None:
+    def _side_spec(self, spec: NormSpec | None) -> SideSpec | None:
         """What the fused op does for this side; None where rounding points of its own must be composed."""
-        spec = norm.spec if is_plain(norm) else None
         fused = spec.weight_cast == "fused" if spec else self.rope is None or self.rope.compute_dtype != "input"
         return SideSpec(spec, self.rope, self.place == "before", self.over) if fused else None
 
@@ -319,7 +318,7 @@ class QKNorm(nn.Module):
         )
         fused = []
         for side in sides:
-            spec = self._side_spec(side.norm)
+            spec = self._side_spec(side.plain.spec if side.plain else None)
             if spec is None:
                 side.x = self._composed(side)
             else:
@@ -330,7 +329,7 @@ class QKNorm(nn.Module):
 
     def _fuse(self, sides: list[tuple["_Side", SideSpec]]) -> None:
         """The fused op on these sides, around a norm of the user's that is called for itself."""
-        around = [side for side, _ in sides if _is_custom(side.norm)]
+        around = [side for side, _ in sides if side.is_custom]
         if self.place == "before":
             for side in around:
                 side.x = self._norm(side.x, side.norm).to(side.x.dtype)
@@ -366,30 +365,32 @@ class QKNorm(nn.Module):
             return x.transpose(0, 1)
         return x.transpose(1, 2) if self.layout == "bhsd" else x
 
+    def _check_side(self, x: Tensor, norm: nn.Module | None, heads: int | None, name: str) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"QKNorm got {name} of {x.dtype}; give floating-point tensors")
+        if norm is None:
+            return
+        if x.shape[-1] != self.head_dim:
+            raise ValueError(
+                f"QKNorm has head_dim={self.head_dim} and got {name} with {x.shape[-1]} dims per head; "
+                f"build it with head_dim={x.shape[-1]}"
+            )
+        if self._counts_heads(norm) and x.shape[-2] != heads:
+            raise ValueError(
+                f"QKNorm was built for {heads} heads of {name} and got {x.shape[-2]}; give it their number"
+            )
+        weight = getattr(norm, "weight", None)
+        if isinstance(weight, Tensor) and weight.device != x.device:
+            raise ValueError(f"{name} is on {x.device} and the norm's weight on {weight.device}; move one")
+
     def _check(self, q: Tensor, k: Tensor, rope: Tables | None, k_rope: Tables | None) -> None:
-        for name, x, norm, heads in (
-            ("q", q, self.q_norm, self.num_heads),
-            ("k", k, self.k_norm, self.num_kv_heads),
-        ):
-            if not x.is_floating_point():
-                raise TypeError(f"QKNorm got {name} of {x.dtype}; give floating-point tensors")
-            if norm is not None and x.shape[-1] != self.head_dim:
-                raise ValueError(
-                    f"QKNorm has head_dim={self.head_dim} and got {name} with {x.shape[-1]} dims per head; "
-                    f"build it with head_dim={x.shape[-1]}"
-                )
-            if self._counts_heads(norm) and x.shape[-2] != heads:
-                raise ValueError(
-                    f"QKNorm was built for {heads} heads of {name} and got {x.shape[-2]}; give it their number"
-                )
-            weight = getattr(norm, "weight", None)
-            if isinstance(weight, Tensor) and weight.device != x.device:
-                raise ValueError(f"{name} is on {x.device} and the norm's weight on {weight.device}; move one")
+        self._check_side(q, self.q_norm, self.num_heads, "q")
+        self._check_side(k, self.k_norm, self.num_kv_heads, "k")
         if k.dtype != q.dtype or k.device != q.device:
             raise ValueError(
                 f"QKNorm got q of {q.dtype} on {q.device} and k of {k.dtype} on {k.device}; give both the same"
             )
-        if any((self.rope is None) != (tables is None) for tables in (rope, k_rope)):
+        if (self.rope is None) != (rope is None) or (self.rope is None) != (k_rope is None):
             raise ValueError(
                 "QKNorm was built without RoPE: pass no tables"
                 if self.rope is None
@@ -399,10 +400,10 @@ class QKNorm(nn.Module):
             if tables is not None:
                 _check_tables(name, x, *tables)
 
-    def _counts_heads(self, norm: nn.Module | None) -> bool:
+    def _counts_heads(self, norm: nn.Module) -> bool:
         """Whether the number of heads matters to this norm."""
-        if norm is None or self.over == "full" or isinstance(self.over, int):
-            return norm is not None
+        if self.over == "full" or isinstance(self.over, int):
+            return True
         if isinstance(norm, L2Clip):
             return norm.weight is not None
         return isinstance(norm, StatisticNorm) and norm.spec.weight in ("per_head", "full", "scalar_per_head")
@@ -514,10 +515,21 @@ class _Side:
     own: Any
     """The module's own multiplier; `factors` holds it if it is no number."""
     factors: list[Tensor]
+    plain: StatisticNorm | None = dataclasses.field(init=False)
+    """The norm, if calling it does what its spec says and nothing more."""
+
+    def __post_init__(self) -> None:
+        self.plain = self.norm if is_plain(self.norm) else None
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether the norm must be called to know what it does."""
+        norm = self.norm
+        return self.plain is None and norm is not None and (type(norm) is not nn.Identity or _has_hooks(norm))
 
     def values(self, *, with_factors: bool) -> SideTensors:
         """What the fused op takes."""
-        weight, bias = (self.norm.weight, self.norm.bias) if is_plain(self.norm) else (None, None)
+        weight, bias = (None, None) if self.plain is None else (self.plain.weight, self.plain.bias)
         cos, sin = (None, None) if self.rope is None else self.rope
         if not with_factors:
             return SideTensors(weight, bias, cos, sin)
@@ -540,19 +552,18 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_custom(norm: nn.Module | None) -> bool:
-    """Whether the norm must be called to know what it does."""
-    nothing = norm is None or (type(norm) is nn.Identity and not _has_hooks(norm))
-    return not nothing and not is_plain(norm)
-
-
 def is_plain(norm: nn.Module | None) -> TypeGuard[StatisticNorm]:
     """Whether calling the norm does what its spec says and nothing more: no other forward, no hooks."""
     if not isinstance(norm, StatisticNorm) or _has_hooks(norm) or "forward" in vars(norm):
         return False
-    return all(
-        getattr(type(norm), name) is getattr(StatisticNorm, name)
-        for name in ("forward", "factor", "shift", "apply_fp32", "_affine", "_shaped")
+    kind = type(norm)
+    return (
+        kind.forward is StatisticNorm.forward
+        and kind.factor is StatisticNorm.factor
+        and kind.shift is StatisticNorm.shift
+        and kind.apply_fp32 is StatisticNorm.apply_fp32
+        and kind._affine is StatisticNorm._affine
+        and kind._shaped is StatisticNorm._shaped
     )
 
 

@@ -555,18 +555,35 @@ def test_every_kind_of_call_is_compiled(caplog, monkeypatch):
 
 
 def test_beyond_the_compilers_limit_the_plain_function_runs(monkeypatch, caplog):
-    def refuse(function, **_):
+    def refuse(function, options=None, **_):
         def call(*tensors):
             raise torch._dynamo.exc.FailOnRecompileLimitHit("too many")
 
-        return call
+        return function if options else call  # the first lengths have code of their own, without guards
 
     monkeypatch.setattr(torch, "compile", refuse)
     double = lean._compile(lambda x: 2 * x, (2,))
-    x = torch.randn(2, 3)
-    for _ in range(2):
+    for length in (3, 4, 5):
+        x = torch.randn(2, length)
         assert torch.equal(double(x), 2 * x)
     assert [r.levelname for r in caplog.records if r.name == "nsphere"] == ["WARNING"]
+
+
+def test_code_for_one_kind_of_tensor_is_not_used_for_another():
+    """The code of the first lengths asks nothing of what it gets: what else comes must not reach it."""
+    if reason := backends.why_not("compiled", "cpu"):
+        pytest.skip(reason)
+    double = lean._compile(lambda x: 2 * x, (2,))
+    first = torch.randn(4, 6)
+    others = [torch.randn(4, n)[:, 1:7] for n in (9, 11)] + [torch.randn(5, 6), torch.randn(1, 6).expand(4, 6)]
+    for x in (first, *others, first):
+        assert torch.equal(double(x), 2 * x)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert torch.equal(double(first), 2 * first)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_compiled_gradients_are_the_same_from_run_to_run():

@@ -79,7 +79,7 @@ def _run(
         )
     big = asked is not None or sides[0].numel() >= MIN_COMPILED_ELEMENTS
     shapes = tuple((x.shape[-2], x.shape[-1]) for x in sides)
-    return lean.run(sides, values, lean.Plan(specs, shapes, compiled=chosen == "compiled" and big))
+    return lean.run(sides, values, lean.plan(specs, shapes, chosen == "compiled" and big))
 
 
 def _plain(sides: tuple[Tensor, ...], specs: tuple[SideSpec, ...], values: tuple[SideTensors, ...]) -> str | None:

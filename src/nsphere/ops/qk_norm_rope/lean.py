@@ -5,6 +5,7 @@ if it came as one; and 1/root of each. Under torch.compile nothing here is used:
 reference and fuses it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -36,7 +37,7 @@ _serial = itertools.count()
 _undo_factors: Any = WeakIdKeyDictionary()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """What one compiled pair of functions is made for; all else, the lengths above all, may vary freely."""
 
@@ -45,15 +46,40 @@ class Plan:
     """(H, D) of each side."""
     compiled: bool
 
+    @functools.cached_property
+    def forward(self) -> Callable[..., Any]:
+        """(each x, all fields of the sides, their constants) -> (each y, each 1/root)."""
+        return _forward(self)
+
+    @functools.cached_property
+    def backward(self) -> Callable[[tuple[bool, ...]], Callable[..., Any]]:
+        """Which fields want a gradient -> the function for these.
+
+        That is (each gradient, kept tensor, 1/root and undo factors; fields; constants) -> per side (dx, dw, db, dm),
+        where what is not wanted is None.
+        """
+        return functools.cache(functools.partial(_backward, self))
+
+
+@functools.lru_cache(_MAX_PLANS)
+def plan(specs: tuple[SideSpec, ...], shapes: tuple[tuple[int, int], ...], compiled: bool) -> Plan:
+    """The one Plan of this kind: its compiled code lives as long as it is remembered here."""
+    return Plan(specs, shapes, compiled)
+
 
 def run(sides: tuple[Tensor, ...], values: tuple[SideTensors, ...], plan: Plan) -> tuple[Tensor, ...]:
     """Apply the plan to q and k, or to one of them, with a backward that keeps little (first derivatives only)."""
-    flat = tuple(getattr(t, field) for t in values for field in _FIELDS)
-    constants = tuple(t.constant for t in values)
+    flat = tuple([w for t in values for w in (t.weight, t.bias, t.cos, t.sin, t.multiplier)])
+    constants = tuple([t.constant for t in values])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*sides, *flat)):
         return _Function.apply(plan, constants, *sides, *flat)
-    with torch.autocast(sides[0].device.type, enabled=False), torch.no_grad():
-        return _forward(plan)(*sides, *flat, *_tensors(constants))[: len(sides)]
+    with _no_autocast(sides[0]), torch.no_grad():
+        return plan.forward(*sides, *flat, *_tensors(constants))[: len(sides)]
+
+
+def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 class _Function(torch.autograd.Function):
@@ -62,8 +88,8 @@ class _Function(torch.autograd.Function):
         n = len(plan.specs)
         ctx.plan, ctx.constants = plan, constants
         sides, flat = tensors[:n], tensors[n:]
-        with torch.autocast(sides[0].device.type, enabled=False):
-            results = _forward(plan)(*sides, *flat, *_tensors(constants))
+        with _no_autocast(sides[0]):
+            results = plan.forward(*sides, *flat, *_tensors(constants))
         outputs, inverses = results[:n], results[n:]
         values = _sides(flat, constants)
         kept = [_kept(*side) for side in zip(sides, outputs, values, plan.specs, strict=True)]
@@ -74,7 +100,7 @@ class _Function(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan, n = ctx.plan, len(ctx.plan.specs)
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with _no_autocast(grads[0]):
             saved = ctx.saved_tensors  # asked for once: checkpointing hands them out once
             kept, flat = saved[: 2 * n], saved[2 * n :]
             undo = [
@@ -82,8 +108,8 @@ class _Function(torch.autograd.Function):
                 for t, spec, (_, head_dim) in zip(_sides(flat, ctx.constants), plan.specs, plan.shapes, strict=True)
             ]
             needed = ctx.needs_input_grad[2 + n :]
-            wanted = tuple(t is not None and need for t, need in zip(flat, needed, strict=True))
-            results = _backward(plan, wanted)(*grads, *kept, *undo, *flat, *_tensors(ctx.constants))
+            wanted = tuple([t is not None and need for t, need in zip(flat, needed, strict=True)])
+            results = plan.backward(wanted)(*grads, *kept, *undo, *flat, *_tensors(ctx.constants))
         inputs = [dx for dx, *_ in results]
         rest = [g for _, dw, db, dm in results for g in (dw, db, None, None, dm)]
         rest = [None if g is None or t is None else g.to(t.dtype) for g, t in zip(rest, flat, strict=True)]
@@ -131,9 +157,7 @@ def _kept(x: Tensor, y: Tensor, t: SideTensors, spec: SideSpec) -> Tensor | None
     return x
 
 
-@functools.lru_cache(_MAX_PLANS)
 def _forward(plan: Plan) -> Callable[..., Any]:
-    """(each x, all fields of the sides, their constants) -> (each y, each 1/root)."""
     n = len(plan.specs)
 
     def forward(*tensors: Any) -> tuple[Tensor | None, ...]:
@@ -144,12 +168,7 @@ def _forward(plan: Plan) -> Callable[..., Any]:
     return _compile(forward, (*[2] * n, *_FREE * n, *[0] * n)) if plan.compiled else forward
 
 
-@functools.lru_cache(_MAX_PLANS)
 def _backward(plan: Plan, wanted: tuple[bool, ...]) -> Callable[..., Any]:
-    """(each gradient, kept tensor, 1/root and undo factors; fields; constants) -> per side (dx, dw, db, dm).
-
-    What is not wanted is None.
-    """
     n, num_fields = len(plan.specs), len(_FIELDS)
     rows = [wanted[i : i + num_fields] for i in range(0, len(wanted), num_fields)]
     wanted_of = [(weight, bias, multiplier) for weight, bias, _, _, multiplier in rows]
@@ -164,33 +183,40 @@ def _backward(plan: Plan, wanted: tuple[bool, ...]) -> Callable[..., Any]:
 
 
 def _compile(function: Callable[..., Any], free: tuple[int, ...]) -> Callable[..., Any]:
-    """The function, compiled anew for every kind of arguments: dtype, rank, stride order, dims of one.
+    """The function of tensors, compiled for every kind of them: dtype, rank, stride order, dims of one.
 
     These are what the compiler specialises on, lengths aside; it counts variants per code object and fails at the
-    ninth. Tensors go in detached, so that it makes no difference between training and evaluation.
+    ninth. Of a kind, the first that come have code of their own, and all others share code for any length: code for
+    fixed lengths runs about 10% faster (CPU, D = 64), and most training has one length.
     """
-    variants: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    kinds: dict[tuple[Any, ...], Callable[..., Any]] = {}
     seen: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by what is quick to ask for; most calls are like the last
 
-    def variant(tensors: tuple[Tensor | None, ...]) -> Callable[..., Any]:
+    def for_looks(looks: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> Callable[..., Any]:
+        if len(seen) == _MAX_LOOKS:
+            seen.clear()
         kind = tuple(None if t is None else _kind(t) for t in tensors)
-        if kind not in variants:
-            if len(variants) == _MAX_KINDS:
-                variants.pop(next(iter(variants)))
-                seen.clear()
-            variants[kind] = _for_all_lengths(function, free)
-        return variants[kind]
+        if kind in kinds:
+            seen[looks] = kinds[kind]
+            return seen[looks]
+        if len(kinds) == _MAX_KINDS:
+            kinds.pop(next(iter(kinds)))
+            seen.clear()
+        kinds[kind] = _for_all_lengths(function, free)
+        # what the guards would ask is what `looks` says: they need not be asked again
+        seen[looks] = _own_compile(function, options={"guard_filter_fn": lambda guards: [False] * len(guards)})
+        return seen[looks]
 
     def call(*tensors: Tensor | None) -> Any:
-        looks = tuple(
-            None if t is None else (t.dtype, t.device, t.shape, t.stride(), t.is_inference()) for t in tensors
+        looks = (
+            torch.get_num_threads(),
+            *[None if t is None else (t.dtype, t.device, t.shape, t.stride(), t.is_inference()) for t in tensors],
         )
-        if looks not in seen:
-            if len(seen) == _MAX_LOOKS:
-                seen.clear()
-            seen[looks] = variant(tensors)
-        with torch.no_grad():
-            return seen[looks](*(None if t is None else t.detach() for t in tensors))
+        compiled = seen.get(looks)
+        if compiled is None:
+            # detached: the compiler must not see that some are no leaves
+            return for_looks(looks, tensors)(*[None if t is None else t.detach() for t in tensors])
+        return compiled(*tensors)
 
     return call
 
@@ -206,29 +232,20 @@ def _kind(t: Tensor) -> tuple[Any, ...]:
 
 
 def _for_all_lengths(function: Callable[..., Any], free: tuple[int, ...]) -> Callable[..., Any]:
-    """The function compiled twice at most: for the first lengths that come, and for all others together.
-
-    Code for fixed lengths runs about 10% faster than code for any (CPU, D = 64), and most training has one length.
-    """
-    fixed, any_length = _own_compile(function), _own_compile(function)
-    first: list[tuple[int, ...]] = []
+    compiled = _own_compile(function)
     gave_up: list[bool] = []
 
     def call(*tensors: Tensor | None) -> Any:
         if gave_up:
             return function(*tensors)
-        free_dims = [
-            0 if t is None else n if n >= 0 else max(t.dim() + n, 0) for t, n in zip(tensors, free, strict=True)
-        ]
-        lengths = tuple(n for t, m in zip(tensors, free_dims, strict=True) if t is not None for n in t.shape[:m])
-        if not first:
-            first.append(lengths)
-        if lengths != first[0]:
-            for t, m in zip(tensors, free_dims, strict=True):
-                for dim in range(m):
+        # detached: to the guards training and evaluation shall look the same
+        detached = [None if t is None else t.detach() for t in tensors]
+        for t, n in zip(detached, free, strict=True):
+            if t is not None:
+                for dim in range(n if n >= 0 else max(t.dim() + n, 0)):
                     torch._dynamo.maybe_mark_dynamic(t, dim)
         try:
-            return (fixed if lengths == first[0] else any_length)(*tensors)
+            return compiled(*detached)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             gave_up.append(True)
             logger.warning("nsphere: too many variants of %s to compile; it runs op by op now", function.__qualname__)
@@ -237,8 +254,8 @@ def _for_all_lengths(function: Callable[..., Any], free: tuple[int, ...]) -> Cal
     return call
 
 
-def _own_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def _own_compile(function: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
     # a code object of its own: the compiler counts its recompilations per code object, and gives up at eight
     code = function.__code__.replace(co_name=f"qk_norm_rope_{function.__name__}_{next(_serial)}")
     own = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
-    return torch.compile(own, fullgraph=True)
+    return torch.compile(own, fullgraph=True, options=options)
