@@ -5,7 +5,7 @@ Names, order and defaults of arguments, and state-dict keys, are those of Transf
 docs/transformer-engine.md for what is there and what is not.
 """
 
-from nsphere.te import attention
+from nsphere.te import attention as attention
 from nsphere.te.dot_product import DotProductAttention
 from nsphere.te.fp8 import autocast, fp8_autocast, fp8_model_init, is_fp8_available, quantized_model_init
 from nsphere.te.install import install
@@ -27,7 +27,6 @@ __all__ = [
     "RMSNorm",
     "RotaryPositionEmbedding",
     "TransformerLayer",
-    "attention",
     "autocast",
     "convert_state_dict",
     "fp8_autocast",
