@@ -128,11 +128,12 @@ WRONG = [
     (("TransformerLayer", "LayerNormMLP"), "activation", ("clamped_swiglu",), "choose from 'gelu'"),
     (("Linear",), "parallel_mode", ("both",), "None, 'column', 'row'"),
     (("LayerNormLinear",), "parallel_mode", ("row",), "None, 'column'"),
-    (LINEARS, "parameters_split", ("query", {"a": 0}, ()), "tuple of names"),
+    (LINEARS, "parameters_split", ("query", {"a": 0}, (), ("a", "a")), "give different names"),
     (("MultiheadAttention", "TransformerLayer", "Linear"), "init_method", ("normal",), "fills a weight"),
     (("MultiheadAttention", "TransformerLayer", "LayerNormMLP"), "output_layer_init_method", (0.02,), "fills a weight"),
     (WITH_WEIGHTS, "params_dtype", (torch.int64, "bf16"), "dtype"),
     (("RotaryPositionEmbedding",), "rotary_percent", (0.0, 1.5), "share"),
+    (("RotaryPositionEmbedding",), "dim", (8.0, 0), "at least 1"),
     (("RotaryPositionEmbedding",), "rotary_base", (0.0,), "positive"),
     (("RotaryPositionEmbedding",), "seq_len_interpolation_factor", (0,), "positive"),
 ]  # fmt: skip
@@ -157,6 +158,8 @@ def test_the_table_of_rules_is_covered():
     assert {name for _, name, _, _ in WRONG} >= set(RULES) - {"dtype", "pretrained_max_position_embeddings"}
     with pytest.raises(ValueError, match="RMSNorm got dtype=torch.int64; give a floating-point dtype"):
         te.RMSNorm(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="LayerNorm got eps=nan; give 0 or a small"):
+        te.LayerNorm(4, eps=NAN)
     with pytest.raises(ValueError, match="pretrained_max_position_embeddings=-1; give a positive"):
         te.RotaryPositionEmbedding(4, pretrained_max_position_embeddings=-1)
 

@@ -103,7 +103,8 @@ def _is_split(value: Any) -> bool:
     if not isinstance(value, tuple | list | Mapping) or not value:
         return False
     sizes = value.values() if isinstance(value, Mapping) else ()
-    return all(isinstance(name, str) for name in value) and all(_is_whole(size) and size > 0 for size in sizes)
+    named = all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
+    return named and all(_is_whole(size) and size > 0 for size in sizes)
 
 
 COUNT = Rule(lambda v: _is_whole(v) and v > 0, "give a whole number, at least 1")
@@ -125,7 +126,9 @@ HEAD_DIMS = Rule(
 )
 
 RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(("hidden_size", "ffn_hidden_size", "num_attention_heads", "in_features", "out_features"), COUNT),
+    **dict.fromkeys(
+        ("hidden_size", "ffn_hidden_size", "num_attention_heads", "in_features", "out_features", "dim"), COUNT
+    ),
     **dict.fromkeys(("num_gqa_groups", "kv_channels"), _or_none(COUNT)),
     **dict.fromkeys(("eps", "layernorm_epsilon", "qk_norm_eps"), EPS),
     **dict.fromkeys(("hidden_dropout", "attention_dropout"), RATE),
@@ -139,7 +142,9 @@ RULES: Mapping[str, Rule] = {
     "normalization": _one_of(*NORMALIZATIONS),
     "activation": _one_of(*PLAIN_ACTIVATIONS, *GATED_ACTIVATIONS),
     "parallel_mode": _one_of(None, "column", "row"),
-    "parameters_split": _or_none(Rule(_is_split, "give a tuple of names, or a dict of names and numbers of rows")),
+    "parameters_split": _or_none(
+        Rule(_is_split, "give different names in a tuple, or a dict of names and numbers of rows")
+    ),
     **dict.fromkeys(("init_method", "output_layer_init_method"), FILLS),
     **dict.fromkeys(("params_dtype", "dtype"), DTYPE),
     "rotary_percent": SHARE,

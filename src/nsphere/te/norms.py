@@ -60,7 +60,7 @@ class RMSNorm(TEModule, norms.RMSNorm):
         dtype: torch.dtype | None = None,
         sm_margin: Any = 0,
     ):
-        dim, dtype = _width("RMSNorm", normalized_shape, hidden_size), _dtype("RMSNorm", params_dtype, dtype)
+        dim, dtype = _width("RMSNorm", normalized_shape, hidden_size), _dtype("RMSNorm", params_dtype, dtype, eps)
         _no_sequence_parallel("RMSNorm", sequence_parallel)
         super().__init__(dim, eps=eps, zero_centered=zero_centered_gamma, device=on_device(device), dtype=dtype)
         self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
@@ -82,7 +82,7 @@ class LayerNorm(TEModule, norms.LayerNorm):
         dtype: torch.dtype | None = None,
         sm_margin: Any = 0,
     ):
-        dim, dtype = _width("LayerNorm", normalized_shape, hidden_size), _dtype("LayerNorm", params_dtype, dtype)
+        dim, dtype = _width("LayerNorm", normalized_shape, hidden_size), _dtype("LayerNorm", params_dtype, dtype, eps)
         _no_sequence_parallel("LayerNorm", sequence_parallel)
         super().__init__(dim, eps=eps, zero_centered=zero_centered_gamma, device=on_device(device), dtype=dtype)
         self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
@@ -119,8 +119,8 @@ def _width(owner: str, normalized_shape: Iterable[int] | int | None, hidden_size
     return widths[0]
 
 
-def _dtype(owner: str, params_dtype: torch.dtype | None, dtype: torch.dtype | None) -> torch.dtype | None:
-    check_arguments(owner, {"params_dtype": params_dtype, "dtype": dtype})
+def _dtype(owner: str, params_dtype: torch.dtype | None, dtype: torch.dtype | None, eps: float) -> torch.dtype | None:
+    check_arguments(owner, {"params_dtype": params_dtype, "dtype": dtype, "eps": eps})
     if params_dtype is not None and dtype is not None:
         raise ValueError(f"{owner} got both dtype and params_dtype, two names of one thing; give dtype")
     return dtype if params_dtype is None else params_dtype
