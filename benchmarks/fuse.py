@@ -32,6 +32,8 @@ class Args:
     """Of weights and activations."""
     modes: tuple[str, ...] = ("eager", "compiled")
     """eager, compiled."""
+    parts: tuple[str, ...] = ("attention", "step", "generation")
+    """What is timed: attention, step, generation."""
     batch: int = 2
     """Sequences."""
     length: int = 512
@@ -108,14 +110,16 @@ def main(args: Args) -> None:
             models = {"plain": make(dtype)}
             models["fused"] = copy.deepcopy(models["plain"])
             hf.fuse(models["fused"])
-            candidates[f"attention {name} {mode}"] = {
-                arm: attention(copy.deepcopy(m), args, dtype, compiled) for arm, m in models.items()
-            }
-            if not compiled:
+            if "attention" in args.parts:
+                candidates[f"attention {name} {mode}"] = {
+                    arm: attention(copy.deepcopy(m), args, dtype, compiled) for arm, m in models.items()
+                }
+            if "generation" in args.parts and not compiled:
                 candidates[f"generation {name} {mode}"] = {
                     arm: generation(copy.deepcopy(m), args) for arm, m in models.items()
                 }
-            candidates[f"step {name} {mode}"] = {arm: step(m, args, compiled) for arm, m in models.items()}
+            if "step" in args.parts:
+                candidates[f"step {name} {mode}"] = {arm: step(m, args, compiled) for arm, m in models.items()}
     for arms in candidates.values():
         for run in arms.values():
             run(), run()  # what is compiled is compiled here

@@ -14,7 +14,7 @@ from torch import nn
 
 from nsphere import GPT, NGPT, GPTConfig, NGPTConfig, QKClip, te
 from nsphere.ops.attention import attention_with_max_logits
-from nsphere.qk_clip import HeadRows, clip_factors, scale_heads_
+from nsphere.qk_clip import HeadRows, _rows, clip_factors, scale_heads_
 
 ROUNDING = 1 + 1e-5
 
@@ -384,6 +384,18 @@ def test_a_model_that_is_cast_after_the_construction():
     assert all(g.dtype == torch.float32 and (g < 1).any() for g in gammas.values())
     seen = observe(model, clip, lambda m: m.loss(TOKENS, TOKENS))
     assert seen["blocks.0.attn"].max() <= 10.0 * 1.02
+
+
+@pytest.mark.parametrize("model", ["gpt", "te", "llama", "deepseek_v3"])
+def test_rows_are_numbered_where_the_parameter_is(model):
+    made = {
+        "gpt": tiny_gpt,
+        "te": lambda: te.MultiheadAttention(16, 4, fuse_qkv_params=True, device="cpu"),
+        "llama": lambda: hf_model("llama"),
+        "deepseek_v3": lambda: hf_model("deepseek_v3"),
+    }[model]().to("meta")
+    rows = [r for module in made.modules() for r in _rows(module)]
+    assert rows and all(r.rows.is_meta and r.parameter.is_meta for r in rows)
 
 
 def test_what_it_refuses():

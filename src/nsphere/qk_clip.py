@@ -23,7 +23,7 @@ class HeadRows:
     parameter: Tensor
     """[rows, ...]."""
     rows: Tensor
-    """int64 [H, n], or [K, n] of keys: the rows of each head."""
+    """int64 [H, n], or [K, n] of keys, on the parameter's device: the rows of each head."""
     share: Share
     """What they are multiplied by: "q" and "k" make γ together, "whole" is γ (queries whose keys are shared by all)."""
 
@@ -187,26 +187,27 @@ def _parameters(linear: Any) -> Iterator[Tensor]:
         yield linear.bias
 
 
-def _blocks(num_heads: int, width: int, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows start … stop of every head, where each head has `width` of them: int64 [heads, stop − start]."""
-    return torch.arange(num_heads * width).view(num_heads, width)[:, start:stop]
+def _blocks(parameter: Tensor, width: int, start: int = 0, stop: int | None = None) -> Tensor:
+    """Rows start … stop of every head, where each head has `width` of them: int64 [heads, stop − start].
+
+    Made on the parameter's device, so that a clip copies nothing to it and waits for nothing.
+    """
+    return torch.arange(parameter.shape[0], device=parameter.device).view(-1, width)[:, start:stop]
 
 
 def _whole(linear: Any, head_dim: int, share: Share) -> Iterator[HeadRows]:
     for parameter in _parameters(linear):
-        yield HeadRows(parameter, _blocks(parameter.shape[0] // head_dim, head_dim), share)
+        yield HeadRows(parameter, _blocks(parameter, head_dim), share)
 
 
 def _latent(module: Any) -> Iterator[HeadRows]:
     nope, width = module.qk_nope_head_dim, module.qk_nope_head_dim + module.qk_rope_head_dim
     q = module.q_b_proj if getattr(module, "q_b_proj", None) is not None else module.q_proj
     for parameter in _parameters(q):
-        heads = parameter.shape[0] // width
-        yield HeadRows(parameter, _blocks(heads, width, 0, nope), "q")
-        yield HeadRows(parameter, _blocks(heads, width, nope), "whole")
+        yield HeadRows(parameter, _blocks(parameter, width, 0, nope), "q")
+        yield HeadRows(parameter, _blocks(parameter, width, nope), "whole")
     for parameter in _parameters(module.kv_b_proj):
-        wide = nope + module.v_head_dim
-        yield HeadRows(parameter, _blocks(parameter.shape[0] // wide, wide, 0, nope), "k")
+        yield HeadRows(parameter, _blocks(parameter, nope + module.v_head_dim, 0, nope), "k")
 
 
 def _transformer_engine(module: Any) -> Iterator[HeadRows]:
@@ -225,12 +226,12 @@ def _transformer_engine(module: Any) -> Iterator[HeadRows]:
             continue
         counts = [per_group[part] for part in parts]
         for names in (linear.weight_names, linear.bias_names if linear.use_bias else []):
-            heads_of_all = torch.arange(groups * sum(counts) * D).view(-1, D)
             if len(names) == len(parts):
                 parameters = [getattr(linear, name) for name in names]
-                heads = [_blocks(parameter.shape[0] // D, D) for parameter in parameters]
+                heads = [_blocks(parameter, D) for parameter in parameters]
             elif names:
                 parameters = [getattr(linear, names[0])] * len(parts)
+                heads_of_all = _blocks(parameters[0], D)
                 if module.qkv_weight_interleaved:
                     by_group = heads_of_all.view(groups, sum(counts), D)
                     heads = [part.reshape(-1, D) for part in by_group.split(counts, 1)]

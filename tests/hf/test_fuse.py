@@ -15,8 +15,8 @@ from tiny_models import WITH_QK_NORM, gradients, llama, logits, token_ids, with_
 from transformers import AttentionInterface, StaticCache  # noqa: E402
 
 from nsphere import hf  # noqa: E402
-from nsphere.hf.fuse import record_calls  # noqa: E402
-from nsphere.hf.rewire import wiring_of  # noqa: E402
+from nsphere.hf.fuse import _why_not, record_calls  # noqa: E402
+from nsphere.hf.rewire import Wiring, wiring_of  # noqa: E402
 
 families = pytest.mark.parametrize("family", WITH_QK_NORM)
 LAYER = "model.layers.0.self_attn"
@@ -118,6 +118,28 @@ def test_generation_is_token_identical(family):
     hf.fuse(model)
     for a, b in zip(generated(), before, strict=True):
         assert torch.equal(a, b)
+
+
+def test_one_token_at_a_time_runs_the_models_own_code(monkeypatch):
+    model, ids = with_qk_norm("qwen3", torch.bfloat16), token_ids(length=5)
+    hf.fuse(model)
+    lengths: list[int] = []
+    call = Wiring.__call__
+
+    def counted(self, q, k, tables):
+        lengths.append(q.shape[2])
+        return call(self, q, k, tables)
+
+    monkeypatch.setattr(Wiring, "__call__", counted)
+    model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert lengths == [5, 5]  # two attentions, the prompt alone
+    with torch.no_grad():
+        before = model(ids[:, :1]).logits
+    assert lengths == [5, 5]
+    one = model(ids[:, :1]).logits  # with gradients it is the fused op again
+    assert lengths == [5, 5, 1, 1] and error(one, before.double()) < 0.02
+    hf.unfuse(model)
+    assert torch.equal(logits(model, ids[:, :1]), before)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "olmo2", "stablelm"])
@@ -272,6 +294,38 @@ def test_what_is_not_certain_is_left_as_it_is():
     del attention(model).q_norm.forward
     attention(model).forward = attention(model).forward
     assert "its forward has been replaced" in hf.fuse(model).left[LAYER]
+
+
+class Quantized(torch.Tensor):
+    """A subclass of Tensor, as quantized weights are."""
+
+
+def test_weights_that_are_sharded_or_quantized_are_left_alone(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    why = "the parameters of its q_norm are of a subclass of Tensor (sharded, or quantized)"
+    model = with_qk_norm("qwen3")
+    norm = attention(model).q_norm
+    norm.weight = nn.Parameter(norm.weight.detach().as_subclass(Quantized))
+    before = logits(model)
+    report = hf.fuse(model)
+    assert report.left == {LAYER: why} and list(report.replaced) == ["model.layers.1.self_attn"]
+    hf.unfuse(model)
+    assert torch.equal(logits(model), before)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+                whole = norm.weight.detach().as_subclass(torch.Tensor)
+                norm.weight = nn.Parameter(distribute_tensor(whole, mesh, [Replicate()]))
+        assert all(_why_not(layer.self_attn, ("q_norm", "k_norm")) == why for layer in model.model.layers)
+        with pytest.raises(ValueError, match="did not run on example token ids"):  # which are no DTensors
+            hf.fuse(model)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_models_that_cannot_be_checked_are_refused():

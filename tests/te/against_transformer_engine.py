@@ -14,11 +14,13 @@ import importlib.machinery
 import inspect
 import itertools
 import os
+import runpy
 import sys
 import tempfile
 import types
 import warnings
 import zipfile
+from pathlib import Path
 from unittest.mock import MagicMock
 
 os.environ |= {"NVTE_TORCH_COMPILE": "0", "NVTE_BIAS_DROPOUT_FUSION": "0", "TORCHDYNAMO_DISABLE": "1"}
@@ -229,9 +231,22 @@ def main(wheel):
         with CudaIsCpu(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs = import_transformer_engine(f"{folder}/transformer_engine")
+            run_script(theirs)
             torch.set_default_dtype(torch.float64)
             torch.manual_seed(0)
             compare(theirs)
+
+
+def run_script(theirs):
+    """The script that test_te_script.py runs on nsphere.te, on Transformer Engine's own Python, in fp32."""
+    from transformer_engine.pytorch.quantization import autocast
+
+    vars(sys.modules["transformer_engine.pytorch"]).update(vars(theirs), autocast=autocast)
+    script = Path(__file__).with_name("script_for_transformer_engine.py")
+    has_cuda, torch.cuda.is_available = torch.cuda.is_available, lambda: False
+    read = runpy.run_path(str(script))
+    torch.cuda.is_available = has_cuda
+    read["main"]()
 
 
 def compare(theirs):

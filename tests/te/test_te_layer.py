@@ -362,7 +362,9 @@ def test_install(norm, place):
 
 
 def test_install_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="without rope="):
+    with pytest.raises(ValueError, match="install got 'rms'; give a nsphere.QKNorm"):
+        te.install(LikeTransformerEngine(), "rms")
+    with pytest.raises(ValueError, match="takes a QKNorm without rope="):
         te.install(LikeTransformerEngine(), nsphere.QKNorm("rms", head_dim=D, rope=nsphere.RopeSpec(D)))
     with pytest.raises(ValueError, match="head_dim=4 and the attention 8"):
         te.install(LikeTransformerEngine(), nsphere.QKNorm("rms", head_dim=4))

@@ -167,37 +167,3 @@ def test_windows_that_contradict_the_mask_are_settled_with_a_warning():
         attend(3, 3, kind="causal", window=(1, 2), allowed=lambda b, h, i, j: i - 1 <= j <= i)
     with pytest.warns(UserWarning, match="is a causal mask"):
         attend(3, 3, kind="no_mask", window=(-1, 0), allowed=lambda b, h, i, j: True)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "call", "message"),
-    [
-        ({"attn_mask_type": "cusal"}, {}, "attn_mask_type='cusal'"),
-        ({"qkv_format": "bhsd"}, {}, "qkv_format='bhsd'"),
-        ({"num_gqa_groups": 3}, {}, "give a divisor"),
-        ({"window_size": (-2, 0)}, {}, "at least 0, or -1"),
-        ({"attn_mask_type": "padding"}, {}, "attention_mask or cu_seqlens_q"),
-        ({"attn_mask_type": "padding"}, {"attention_mask": torch.zeros(2, 1, 1, 9).bool()}, r"\[B, 1, 1, 4\]"),
-        ({"attn_mask_type": "padding"}, {"attention_mask": torch.zeros(2, 1, 1, 4)}, "bool"),
-        ({"attn_mask_type": "arbitrary"}, {}, "true where masked"),
-    ],
-)
-def test_errors_say_what_to_do(kwargs, call, message):
-    x = torch.randn(4, 2, H, D)
-    with pytest.raises(ValueError, match=message):
-        te.DotProductAttention(H, D, **kwargs)(x, x, x, **call)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        ({}, "without cu_seqlens_q"),
-        ({"cu_seqlens_q": torch.tensor([0, 9])}, "within 4 tokens"),
-        ({"cu_seqlens_q": torch.tensor([0, 4]), "cu_seqlens_kv": torch.tensor([0, 2, 4])}, "1 sequences of queries"),
-        ({"cu_seqlens_q": torch.tensor([0, 4]), "attn_mask_type": "causal"}, "packed sequences take"),
-    ],
-)
-def test_packed_sequences_that_make_no_sense(call, message):
-    x = torch.randn(4, H, D)
-    with pytest.raises(ValueError, match=message):
-        te.DotProductAttention(H, D, qkv_format="thd", attn_mask_type="padding")(x, x, x, **call)

@@ -76,6 +76,11 @@ def test_bad_values_say_what_and_what_instead(arm: str, changes: dict, message: 
         resolve(arm, dataclasses.replace(TrainConfig(), **changes))
 
 
+def test_qk_clip_goes_with_arms_that_have_no_qk_norm() -> None:
+    for arm in ("gpt", "gpt:qk_norm=none", "gpt-qknorm:qk_norm=none", "gpt-qknorm-muon:qk_norm=none", "gpt-muon"):
+        assert resolve(arm, TrainConfig(qk_clip=100.0)).qk_clip == 100.0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

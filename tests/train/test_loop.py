@@ -162,7 +162,8 @@ def test_a_validation_loss_that_is_not_finite_stops_too(tmp_path, data, monkeypa
         train("gpt", tiny.config(), tiny.options(), data, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("arm", "threshold"), [("gpt", 0.1)])
+# Muon alone, and the arm that has QK-norm with it switched off
+@pytest.mark.parametrize(("arm", "threshold"), [("gpt", 0.1), ("gpt-qknorm-muon:qk_norm=none", 0.02)])
 def test_qk_clip_holds_the_logits_is_recorded_and_resumes(tmp_path, data, monkeypatch, arm, threshold) -> None:
     config = tiny.config(steps=8, lr=1e-2, num_kv_heads=1, qk_clip=threshold)
     train(arm, config, tiny.options(), data, tmp_path / "whole")
@@ -178,7 +179,7 @@ def test_qk_clip_holds_the_logits_is_recorded_and_resumes(tmp_path, data, monkey
     assert max(r["max_logit"] for r in free) > max(r["max_logit"] for r in clipped)
     assert all(r["clipped_heads"] == 0 for r in free)
     assert all("clipped_heads" not in r for r in off)
-    assert [r["loss"] for r in off] == pytest.approx([r["loss"] for r in free], rel=1e-5)
+    assert [r["loss"] for r in off] == pytest.approx([r["loss"] for r in free], rel=1e-3 if "muon" in arm else 1e-5)
 
     step = Trainer.step
     with monkeypatch.context() as patch:

@@ -128,6 +128,9 @@ def rewired(attention: Any, norms: tuple[str, ...]) -> type[nn.Module]:
     forward = namespace["forward"]
     forward.__qualname__, forward.__module__ = function.__qualname__, function.__module__
 
+    if norms:  # with its norms the own code does the same, and for one token on a CPU it has less to call
+        forward = _own_code_for_one_token(function, forward)
+
     def qk_norm_rope(self: Any, q: Tensor, k: Tensor, tables: Tables | Tensor | None) -> Tables:
         return self._wiring(q, k, tables)
 
@@ -146,6 +149,20 @@ def rewired(attention: Any, norms: tuple[str, ...]) -> type[nn.Module]:
         "__reduce_ex__": lambda self, protocol: (_new, (attention, norms), self.__dict__),
     }
     return type(attention.__name__, (attention,), members)
+
+
+def _own_code_for_one_token(own: types.FunctionType, fused: types.FunctionType) -> Any:
+    """The fused forward, but for generation one token at a time, in eager code on a CPU, the attention's own."""
+
+    @functools.wraps(fused)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get("hidden_states")
+        one_token = isinstance(x, Tensor) and x.device.type == "cpu" and x.dim() == 3 and x.shape[1] == 1
+        if one_token and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return own(self, *args, **kwargs)
+        return fused(self, *args, **kwargs)
+
+    return forward
 
 
 def _new(attention: Any, norms: tuple[str, ...]) -> nn.Module:

@@ -5,7 +5,9 @@ Names, order and defaults of arguments, and state-dict keys, are those of Transf
 docs/transformer-engine.md for what is there and what is not.
 """
 
-from nsphere.te.attention import DotProductAttention
+from nsphere.te import attention as attention
+from nsphere.te.dot_product import DotProductAttention
+from nsphere.te.fp8 import autocast, fp8_autocast, fp8_model_init, is_fp8_available, quantized_model_init
 from nsphere.te.install import install
 from nsphere.te.linear import LayerNormLinear, LayerNormMLP, Linear
 from nsphere.te.multihead import MultiheadAttention
@@ -25,6 +27,11 @@ __all__ = [
     "RMSNorm",
     "RotaryPositionEmbedding",
     "TransformerLayer",
+    "autocast",
     "convert_state_dict",
+    "fp8_autocast",
+    "fp8_model_init",
     "install",
+    "is_fp8_available",
+    "quantized_model_init",
 ]

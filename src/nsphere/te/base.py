@@ -1,71 +1,11 @@
-"""What Transformer Engine's modules have in common: refused arguments, default device, and `_extra_state`."""
+"""What Transformer Engine's modules have in common: default device and init, and `_extra_state`."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-# What is not implemented, and the default that means "not asked for". Arguments that only speed something up, or only
-# name something, are accepted and need no entry: is_first_microbatch, fast_zero_fill, seq_length, micro_batch_size,
-# max_seqlen_*, name, layer_number.
-UNSUPPORTED: Mapping[str, Any] = {
-    "tp_group": None,
-    "tp_size": 1,
-    "cp_group": None,
-    "cp_global_ranks": None,
-    "cp_stream": None,
-    "fuse_wgrad_accumulation": False,
-    "get_rng_state_tracker": None,
-    "rng_tracker_name": None,
-    "ub_tp_comm_overlap": False,
-    "ub_overlap_ag": False,
-    "ub_overlap_rs": False,
-    "ub_overlap_rs_dgrad": False,
-    "ub_bulk_dgrad": False,
-    "ub_bulk_wgrad": False,
-    "ub_name": None,
-    "delay_wgrad_compute": False,
-    "symmetric_ar_type": None,
-    "return_layernorm_output_gathered": False,
-    "checkpoint": False,
-    "activation_params": None,
-    "softcap": (0.0, None),
-    "softmax_type": "vanilla",
-    "inference_params": None,
-    "core_attention_bias_type": "no_bias",
-    "core_attention_bias": None,
-    "alibi_slopes": None,
-    "fp8_output": False,
-    "fp8_grad": False,
-    "thd_attention_policies": None,
-    "thd_attention_policy_dispatch": "auto",
-}
-
-
-def refuse_unsupported(owner: str, arguments: Mapping[str, Any], *, ignored: tuple[str, ...] = ()) -> None:
-    """Raise ValueError for the first argument that is not implemented and not at its default.
-
-    Args:
-        owner: who was given them.
-        arguments: by name, such as `locals()` at the start of a function.
-        ignored: names that have no effect in this place.
-    """
-    for name, default in UNSUPPORTED.items():
-        if name in ignored or name not in arguments:
-            continue
-        value, defaults = arguments[name], default if isinstance(default, tuple) else (default,)
-        if not any(value is d or value == d for d in defaults):
-            raise ValueError(
-                f"{owner} got {name}={value!r}, which nsphere.te does not implement; leave it at {defaults[0]!r}"
-            )
-
-
-def choice(owner: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raise ValueError for a value that is not among those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{owner} got {name}={value!r}; choose from {', '.join(map(repr, allowed))}")
 
 
 def on_device(device: torch.device | str | None) -> torch.device:

@@ -50,6 +50,8 @@ def install(te_module: nn.Module, qk_norm: QKNorm) -> list[str]:
     Raises:
         ValueError: for a QKNorm that does not fit, or a module without such an attention.
     """
+    if not isinstance(qk_norm, QKNorm):
+        raise ValueError(f"install got {qk_norm!r}; give a nsphere.QKNorm, built without rope=")
     if qk_norm.rope is not None:
         raise ValueError("install takes a QKNorm without rope=: Transformer Engine turns q and k itself")
     for name, own in (("multiplier", qk_norm.multiplier), ("k_multiplier", qk_norm.k_multiplier)):

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsphere.te.base import TEModule, choice, init_or_default, on_device, refuse_unsupported
-from nsphere.te.norms import check_normalization, normalize
+from nsphere.te.base import TEModule, init_or_default, on_device
+from nsphere.te.checks import COLUMN, GATED_ACTIVATIONS, PLAIN_ACTIVATIONS, check_arguments, check_features
+from nsphere.te.norms import normalize
 
 Init = Callable[[Tensor], Any] | None
 Split = tuple[str, ...] | Mapping[str, int] | None
@@ -26,21 +27,9 @@ def _gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": _gelu,
-    "qgelu": _quick_gelu,
-    "relu": F.relu,
-    "srelu": _squared_relu,
-    "silu": F.silu,
-}
-_GATED: dict[str, Callable[[Tensor], Tensor]] = {
-    "geglu": _gelu,
-    "qgeglu": _quick_gelu,
-    "reglu": F.relu,
-    "sreglu": _squared_relu,
-    "swiglu": F.silu,
-    "glu": torch.sigmoid,
-}
+_FUNCTIONS = (_gelu, _quick_gelu, F.relu, _squared_relu, F.silu)
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = dict(zip(PLAIN_ACTIVATIONS, _FUNCTIONS, strict=True))
+_GATED: dict[str, Callable[[Tensor], Tensor]] = dict(zip(GATED_ACTIVATIONS, (*_FUNCTIONS, torch.sigmoid), strict=True))
 
 
 class _Projection(TEModule):
@@ -84,7 +73,6 @@ class _Projection(TEModule):
     def _project(self, x: Tensor, *, add_bias: bool = True) -> tuple[Tensor, Tensor]:
         """The product, and the bias, which is empty where there is none."""
         weight, bias = self._joined(self.weight_names), self._joined(self.bias_names)
-        check_dtype(type(self).__name__, x, weight)
         return F.linear(x, weight, bias if add_bias and self.use_bias else None), bias
 
     def _joined(self, names: list[str]) -> Tensor:
@@ -94,15 +82,6 @@ class _Projection(TEModule):
     def extra_repr(self) -> str:
         """Shape and parameters."""
         return f"{self.in_features}, {self.out_features}, bias={self.use_bias}, weights={self.weight_names}"
-
-
-def check_dtype(owner: str, x: Tensor, weight: Tensor) -> None:
-    """Raises ValueError for input and weights of different dtypes, where no autocast settles it."""
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(
-            f"{owner} has parameters of {weight.dtype} and got {x.dtype}; cast the input, give params_dtype={x.dtype}, "
-            "or use torch.autocast"
-        )
 
 
 class Linear(_Projection):
@@ -152,8 +131,7 @@ class Linear(_Projection):
         save_original_input: bool = False,
         name: str | None = None,
     ):
-        refuse_unsupported("Linear", locals())
-        choice("Linear", "parallel_mode", parallel_mode, (None, "column", "row"))
+        check_arguments("Linear", locals())
         super().__init__()
         self.return_bias, self.name = return_bias, name
         self._make_projection(
@@ -169,7 +147,8 @@ class Linear(_Projection):
         self, inp: Tensor, is_first_microbatch: bool | None = None, fp8_output: bool = False, fp8_grad: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Inp [..., in_features] → [..., out_features], with the bias apart if `return_bias`."""
-        refuse_unsupported("Linear", {"fp8_output": fp8_output, "fp8_grad": fp8_grad})
+        check_arguments("Linear", {"fp8_output": fp8_output, "fp8_grad": fp8_grad})
+        check_features("Linear", "inp", inp, self.in_features, getattr(self, self.weight_names[0]).dtype)
         y, bias = self._project(inp, add_bias=not self.return_bias)
         return (y, bias) if self.return_bias else y
 
@@ -215,8 +194,7 @@ class LayerNormLinear(_Projection):
         symmetric_ar_type: str | None = None,
         name: str | None = None,
     ):
-        refuse_unsupported("LayerNormLinear", locals())
-        choice("LayerNormLinear", "parallel_mode", parallel_mode, (None, "column"))
+        check_arguments("LayerNormLinear", locals(), other_rules={"parallel_mode": COLUMN})
         super().__init__()
         self.return_bias, self.return_layernorm_output, self.name = return_bias, return_layernorm_output, name
         make_layer_norm(self, in_features, eps, normalization, zero_centered_gamma, on_device(device), params_dtype)
@@ -234,7 +212,7 @@ class LayerNormLinear(_Projection):
         self, inp: Tensor, is_first_microbatch: bool | None = None, fp8_output: bool = False, fp8_grad: bool = False
     ) -> Tensor | tuple[Tensor, ...]:
         """Inp [..., in_features] → [..., out_features], with what was asked to be returned beside it."""
-        refuse_unsupported("LayerNormLinear", {"fp8_output": fp8_output, "fp8_grad": fp8_grad})
+        check_arguments("LayerNormLinear", {"fp8_output": fp8_output, "fp8_grad": fp8_grad})
         normed = apply_layer_norm(self, inp)
         y, bias = self._project(normed, add_bias=not self.return_bias)
         outputs = (y, *((bias,) if self.return_bias else ()), *((normed,) if self.return_layernorm_output else ()))
@@ -301,8 +279,7 @@ class LayerNormMLP(TEModule):
         symmetric_ar_type: str | None = None,
         checkpoint: bool = False,
     ):
-        refuse_unsupported("LayerNormMLP", locals())
-        choice("LayerNormMLP", "activation", activation, (*_PLAIN, *_GATED))
+        check_arguments("LayerNormMLP", locals())
         super().__init__()
         self.return_bias, self.return_layernorm_output, self.name = return_bias, return_layernorm_output, name
         self.use_bias, self.activation = bias, activation
@@ -346,7 +323,6 @@ def make_layer_norm(
     module: nn.Module, width: int, eps: float, normalization: str, zero_centered_gamma: bool, device: Any, dtype: Any
 ) -> None:
     """Give a module the parameters layer_norm_weight and layer_norm_bias, and what `apply_layer_norm` reads."""
-    check_normalization(type(module).__name__, normalization)
     module.eps, module.normalization, module.zero_centered_gamma = eps, normalization, zero_centered_gamma  # type: ignore[assignment]
     module.layer_norm_weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
     has_bias = normalization == "LayerNorm"
@@ -362,8 +338,8 @@ def reset_layer_norm(module: Any) -> None:
 
 
 def apply_layer_norm(module: Any, x: Tensor) -> Tensor:
-    """Norm(x), in x's dtype."""
-    check_dtype(type(module).__name__, x, module.layer_norm_weight)
+    """Norm(x), in x's dtype; ValueError for another width or dtype than its weight's."""
+    check_features(type(module).__name__, "inp", x, len(module.layer_norm_weight), module.layer_norm_weight.dtype)
     return normalize(
         x,
         module.layer_norm_weight,

@@ -13,15 +13,18 @@ from nsphere.ops.attention import record_max_logits
 from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
 from nsphere.te import rope
-from nsphere.te.attention import (
-    FORMATS,
-    DotProductAttention,
-    Masks,
-    Window,
+from nsphere.te.base import on_device
+from nsphere.te.checks import (
+    check_arguments,
+    check_features,
+    check_groups,
+    check_hidden_states,
+    check_masks,
+    check_positions,
+    check_rotary,
     mask_type,
-    packed_positions,
 )
-from nsphere.te.base import choice, on_device, refuse_unsupported
+from nsphere.te.dot_product import DotProductAttention, Masks, Window, packed_positions
 from nsphere.te.linear import Init, LayerNormLinear, Linear
 from nsphere.te.norms import L2Normalization, LayerNorm, RMSNorm
 
@@ -120,9 +123,8 @@ class MultiheadAttention(nn.Module):
         *,
         softmax_scale: float | None = None,
     ):
-        refuse_unsupported("MultiheadAttention", locals())
-        choice("MultiheadAttention", "qkv_format", qkv_format, FORMATS)
-        choice("MultiheadAttention", "attention_type", attention_type, ("self", "cross"))
+        check_arguments("MultiheadAttention", locals())
+        check_groups("MultiheadAttention", num_attention_heads, num_gqa_groups)
         super().__init__()
         if kv_channels is None:
             if hidden_size % num_attention_heads:
@@ -131,7 +133,7 @@ class MultiheadAttention(nn.Module):
                     "choose a divisor, or give kv_channels"
                 )
             kv_channels = hidden_size // num_attention_heads
-        self.attn_mask_type, self.window_size = mask_type(attn_mask_type), window_size
+        self.attn_mask_type, self.window_size = attn_mask_type, window_size
         self.bottom_right_diagonal = bottom_right_diagonal
         self.qkv_format, self.attention_type = qkv_format, attention_type
         self.input_layernorm, self.return_layernorm_output = input_layernorm, return_layernorm_output
@@ -306,9 +308,13 @@ class MultiheadAttention(nn.Module):
         Returns:
             As hidden_states; with return_bias also the bias, with return_layernorm_output also the normed input.
         """
-        refuse_unsupported(
+        kind = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        window_size = self.window_size if window_size is None else window_size
+        check_arguments(
             "MultiheadAttention",
             {
+                "attn_mask_type": kind,
+                "window_size": window_size,
                 "inference_params": inference_params,
                 "core_attention_bias_type": core_attention_bias_type,
                 "core_attention_bias": core_attention_bias,
@@ -318,6 +324,13 @@ class MultiheadAttention(nn.Module):
                 "softcap": softcap,
             },
         )
+        ends = {
+            "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_kv": cu_seqlens_kv,
+            "cu_seqlens_q_padded": cu_seqlens_q_padded,
+            "cu_seqlens_kv_padded": cu_seqlens_kv_padded,
+        }
+        self._check(hidden_states, encoder_output, mask_type(kind), attention_mask, ends, rotary_pos_emb)
         q, k, v, normed = self._qkv(hidden_states, encoder_output)
         cu_seqlens_kv = cu_seqlens_q if cu_seqlens_kv is None else cu_seqlens_kv
         cu_seqlens_kv_padded = cu_seqlens_q_padded if cu_seqlens_kv_padded is None else cu_seqlens_kv_padded
@@ -336,8 +349,8 @@ class MultiheadAttention(nn.Module):
             cu_seqlens_kv,
             cu_seqlens_q_padded,
             cu_seqlens_kv_padded,
-            attn_mask_type=self.attn_mask_type if attn_mask_type is None else attn_mask_type,
-            window_size=self.window_size if window_size is None else window_size,
+            attn_mask_type=kind,
+            window_size=window_size,
             bottom_right_diagonal=self.bottom_right_diagonal
             if bottom_right_diagonal is None
             else bottom_right_diagonal,
@@ -352,29 +365,39 @@ class MultiheadAttention(nn.Module):
             outputs = (*outputs, normed)
         return outputs if len(outputs) > 1 else outputs[0]
 
+    def _check(
+        self, x: Any, encoder_output: Any, kind: str, attention_mask: Any, ends: dict[str, Any], rotary: Any
+    ) -> None:
+        """ValueError for what does not fit this attention, or does not fit together."""
+        owner, cross = "MultiheadAttention", self.attention_type == "cross"
+        check_hidden_states(owner, self.qkv_format, x, encoder_output, cross=cross)
+        check_features(owner, "hidden_states", x, self._first().in_features)
+        if cross:
+            check_features(owner, "encoder_output", encoder_output, self.key_value.in_features)
+        keys = encoder_output if cross else x
+        check_masks(owner, self.qkv_format, kind, attention_mask, ends, x, keys, self.num_attention_heads)
+        if rotary is not None:
+            check_rotary(owner, self.qkv_format, rotary, self.hidden_size_per_attention_head, x, keys)
+        elif self._qk_norms[0].rope is not None:
+            raise ValueError("this attention's QKNorm was built with RoPE: pass rotary_pos_emb")
+
+    def _first(self) -> Any:
+        """The projection that the input goes through first."""
+        name = "query" if self.attention_type == "cross" else "qkv"
+        if self.input_layernorm:
+            return self._modules[f"layernorm_{name}"]
+        return self._modules["query_layer" if name == "query" else name]
+
     def _qkv(self, x: Tensor, encoder_output: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k and v with their heads apart, as views of what a projection wrote, and the normed input."""
-        rank = 2 if self.qkv_format == "thd" else 3
-        if x.dim() != rank:
-            raise ValueError(
-                f"MultiheadAttention with qkv_format={self.qkv_format!r} got {tuple(x.shape)}; give {rank} dims"
-            )
-        cross = self.attention_type == "cross"
-        if cross != (encoder_output is not None):
-            raise ValueError(
-                "cross-attention takes encoder_output" if cross else "self-attention takes no encoder_output"
-            )
-        name = ("query" if cross else "qkv") if self.input_layernorm else ("query_layer" if cross else "qkv")
-        first = self._modules[f"layernorm_{name}" if self.input_layernorm else name]
-        assert first is not None
-        out = first(x)
+        out = self._first()(x)
         mixed, normed = out if isinstance(out, tuple) else (out, None)
         K, D, group = (
             self.num_gqa_groups,
             self.hidden_size_per_attention_head,
             self.num_attention_heads // self.num_gqa_groups,
         )
-        if cross:
+        if encoder_output is not None:
             q = mixed.unflatten(-1, (-1, D))
             kv = self.key_value(encoder_output)
             k, v = (
@@ -398,21 +421,14 @@ class MultiheadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         own = self._qk_norms[0]
         if rotary is None:
-            if own.rope is not None:
-                raise ValueError("this attention's QKNorm was built with RoPE: pass rotary_pos_emb")
             qk_norm = self._qk_norm_for(None)
             bare = qk_norm.q_norm is None and qk_norm.k_norm is None and "qk_norm" not in self._modules
             return (q, k) if bare else qk_norm(q, k)
-        tables = rotary if isinstance(rotary, tuple) else (rotary, rotary)
+        tables = (rotary, rotary) if isinstance(rotary, Tensor) else rotary
         interleaved = self.rotary_pos_interleaved if own.rope is None else own.rope.layout == "interleaved"
         places = [self._places(x, table, begun) for x, table, begun in zip((q, k), tables, starts, strict=True)]
-        width = tables[0].shape[-1]
-        if tables[1].shape[-1] != width:
-            raise ValueError(
-                f"rotary_pos_emb turns {width} dims of q and {tables[1].shape[-1]} of k; give tables of one width"
-            )
         if all(rope.turns_pairs(table, interleaved) for table in tables):
-            qk_norm = self._qk_norm_for(width if own.rope is None else None)
+            qk_norm = self._qk_norm_for(tables[0].shape[-1] if own.rope is None else None)
             q_table, k_table = (
                 tuple(t[place] for t in rope.tables(table, interleaved))
                 for table, place in zip(tables, places, strict=True)
@@ -439,15 +455,12 @@ class MultiheadAttention(nn.Module):
 
     def _places(self, x: Tensor, table: Tensor, starts: Tensor | None) -> Any:
         """Which rows of the table belong to x: as many as it is long, or for packed sequences their own."""
-        head_dim = self.hidden_size_per_attention_head
         if self.qkv_format != "thd":
-            length = x.shape[0 if self.qkv_format == "sbhd" else 1]
-            rope.check_table(table, head_dim, length)
-            return slice(length)
-        if starts is None:
-            raise ValueError("MultiheadAttention got qkv_format='thd' without cu_seqlens_q; give the sequences' ends")
+            return slice(x.shape[0 if self.qkv_format == "sbhd" else 1])
+        assert starts is not None
         positions = packed_positions(starts.to(x.device), x.shape[0])
-        rope.check_table(table, head_dim, 0 if torch.compiler.is_compiling() else int(positions.max()) + 1)
+        if not torch.compiler.is_compiling():
+            check_positions("MultiheadAttention", table, int(positions.max()) + 1)
         return positions
 
     def extra_repr(self) -> str:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nsphere import norms
 from nsphere.norms import NormSpec, StatisticNorm, compute_dtype, standardize
-from nsphere.te.base import TEModule, choice, on_device
+from nsphere.te.base import TEModule, on_device
+from nsphere.te.checks import NORMALIZATIONS, check_arguments
 
 
 class L2Normalization(TEModule, StatisticNorm):
@@ -59,7 +60,7 @@ class RMSNorm(TEModule, norms.RMSNorm):
         dtype: torch.dtype | None = None,
         sm_margin: Any = 0,
     ):
-        dim, dtype = _width("RMSNorm", normalized_shape, hidden_size), _dtype("RMSNorm", params_dtype, dtype)
+        dim, dtype = _width("RMSNorm", normalized_shape, hidden_size), _dtype("RMSNorm", params_dtype, dtype, eps)
         _no_sequence_parallel("RMSNorm", sequence_parallel)
         super().__init__(dim, eps=eps, zero_centered=zero_centered_gamma, device=on_device(device), dtype=dtype)
         self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
@@ -81,13 +82,13 @@ class LayerNorm(TEModule, norms.LayerNorm):
         dtype: torch.dtype | None = None,
         sm_margin: Any = 0,
     ):
-        dim, dtype = _width("LayerNorm", normalized_shape, hidden_size), _dtype("LayerNorm", params_dtype, dtype)
+        dim, dtype = _width("LayerNorm", normalized_shape, hidden_size), _dtype("LayerNorm", params_dtype, dtype, eps)
         _no_sequence_parallel("LayerNorm", sequence_parallel)
         super().__init__(dim, eps=eps, zero_centered=zero_centered_gamma, device=on_device(device), dtype=dtype)
         self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
 
 
-NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
+NORMS = dict(zip(NORMALIZATIONS, (LayerNorm, RMSNorm), strict=True))
 """By the names that `normalization` takes."""
 
 
@@ -101,11 +102,6 @@ def normalize(
     factor = weight.to(wide)
     y = y * (1 + factor if zero_centered_gamma else factor)
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
-
-
-def check_normalization(owner: str, normalization: str) -> None:
-    """Raises ValueError for a name other than "LayerNorm" and "RMSNorm"."""
-    choice(owner, "normalization", normalization, tuple(NORMS))
 
 
 def _width(owner: str, normalized_shape: Iterable[int] | int | None, hidden_size: int | None) -> int:
@@ -123,7 +119,8 @@ def _width(owner: str, normalized_shape: Iterable[int] | int | None, hidden_size
     return widths[0]
 
 
-def _dtype(owner: str, params_dtype: torch.dtype | None, dtype: torch.dtype | None) -> torch.dtype | None:
+def _dtype(owner: str, params_dtype: torch.dtype | None, dtype: torch.dtype | None, eps: float) -> torch.dtype | None:
+    check_arguments(owner, {"params_dtype": params_dtype, "dtype": dtype, "eps": eps})
     if params_dtype is not None and dtype is not None:
         raise ValueError(f"{owner} got both dtype and params_dtype, two names of one thing; give dtype")
     return dtype if params_dtype is None else params_dtype

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nsphere.te.base import on_device
+from nsphere.te.checks import check_arguments
 
 Tables = tuple[Tensor, Tensor]
 _halves: Any = WeakIdKeyDictionary()
@@ -36,6 +37,7 @@ class RotaryPositionEmbedding(nn.Module):
         rotary_base: float = 10000.0,
         interleaved: bool = False,
     ):
+        check_arguments("RotaryPositionEmbedding", locals())
         super().__init__()
         if rotary_percent < 1.0:
             dim = int(dim * rotary_percent)
@@ -57,17 +59,6 @@ class RotaryPositionEmbedding(nn.Module):
             angles = torch.outer(positions, self.inv_freq)
         twice = angles.repeat_interleave(2, -1) if self.interleaved else torch.cat((angles, angles), -1)
         return twice[:, None, None]
-
-
-def check_table(table: Tensor, head_dim: int, num_positions: int) -> None:
-    """Raises ValueError for a table that is not [S, 1, 1, R] with R even, at most head_dim, and S long enough."""
-    shape = tuple(table.shape)
-    if table.dim() != 4 or shape[1:3] != (1, 1):
-        raise ValueError(f"rotary_pos_emb is {shape}; give the angles as [S, 1, 1, R], see RotaryPositionEmbedding")
-    if shape[3] % 2 or shape[3] > head_dim:
-        raise ValueError(f"rotary_pos_emb turns {shape[3]} dims of {head_dim}; give an even number, at most those")
-    if shape[0] < num_positions:
-        raise ValueError(f"rotary_pos_emb has {shape[0]} positions and the sequence {num_positions}; make it longer")
 
 
 def turns_pairs(table: Tensor, interleaved: bool) -> bool:

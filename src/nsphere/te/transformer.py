@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsphere.te.attention import FORMATS, Masks, Window, mask_type
-from nsphere.te.base import choice, refuse_unsupported
+from nsphere.te.checks import check_arguments, check_groups, check_hidden_states
+from nsphere.te.dot_product import Masks, Window
 from nsphere.te.linear import Init, LayerNormMLP
 from nsphere.te.multihead import MultiheadAttention
-from nsphere.te.norms import NORMS, check_normalization
+from nsphere.te.norms import NORMS
 
 
 class DropPath(nn.Module):
@@ -111,10 +111,8 @@ class TransformerLayer(nn.Module):
     ):
         # the overlaps beside ub_tp_comm_overlap do nothing without it
         overlaps = ("ub_overlap_ag", "ub_overlap_rs", "ub_overlap_rs_dgrad", "ub_bulk_dgrad", "ub_bulk_wgrad")
-        refuse_unsupported("TransformerLayer", locals(), ignored=overlaps)
-        choice("TransformerLayer", "layer_type", layer_type, ("encoder", "decoder"))
-        choice("TransformerLayer", "attn_input_format", attn_input_format, FORMATS)
-        check_normalization("TransformerLayer", normalization)
+        check_arguments("TransformerLayer", locals(), ignored=overlaps)
+        check_groups("TransformerLayer", num_attention_heads, num_gqa_groups)
         if parallel_attention_mlp and (
             layer_type == "decoder" or apply_residual_connection_post_layernorm or output_layernorm
         ):
@@ -123,9 +121,9 @@ class TransformerLayer(nn.Module):
                 "apply_residual_connection_post_layernorm; drop one"
             )
         super().__init__()
-        self.self_attn_mask_type, self.window_size = mask_type(self_attn_mask_type), window_size
+        self.self_attn_mask_type, self.window_size = self_attn_mask_type, window_size
         self.bottom_right_diagonal = bottom_right_diagonal
-        self.enc_dec_attn_mask_type, self.enc_dec_window_size = mask_type(enc_dec_attn_mask_type), enc_dec_window_size
+        self.enc_dec_attn_mask_type, self.enc_dec_window_size = enc_dec_attn_mask_type, enc_dec_window_size
         self.enc_dec_bottom_right_diagonal = enc_dec_bottom_right_diagonal
         self.layer_type, self.output_layernorm, self.layer_number = layer_type, output_layernorm, layer_number
         self.parallel_attention_mlp = parallel_attention_mlp
@@ -231,7 +229,7 @@ class TransformerLayer(nn.Module):
 
         Arguments as in `MultiheadAttention.forward`; those with enc_dec, and cu_seqlens_kv, are the cross-attention's.
         """
-        refuse_unsupported(
+        check_arguments(
             "TransformerLayer",
             {
                 "inference_params": inference_params,
@@ -243,12 +241,8 @@ class TransformerLayer(nn.Module):
                 "softcap": softcap,
             },
         )
-        if (encoder_output is not None) != (self.layer_type == "decoder"):
-            raise ValueError(
-                "layer_type='decoder' takes encoder_output"
-                if self.layer_type == "decoder"
-                else "layer_type='encoder' takes no encoder_output"
-            )
+        decoder = self.layer_type == "decoder"
+        check_hidden_states("TransformerLayer", self.attn_input_format, hidden_states, encoder_output, cross=decoder)
         post = self.apply_residual_connection_post_layernorm
         attended = self.self_attention(
             hidden_states,
@@ -269,7 +263,7 @@ class TransformerLayer(nn.Module):
         residual = normed[0] if post and not self.output_layernorm else hidden_states
         hidden_states = self._add(output, bias, residual, self.drop_path)
 
-        if self.layer_type == "decoder":
+        if decoder:
             output, bias, *normed = self.inter_attention(
                 hidden_states,
                 enc_dec_attn_mask,

@@ -177,7 +177,7 @@ def _check_qk_clip(arm_name: str, arm: Arm, config: TrainConfig) -> None:
             f"qk_clip {config.qk_clip:g} and {arm_name}: nGPT's query and key weights are unit vectors, which a clip "
             f"would take off the hypersphere, and which can't grow; {advice}"
         )
-    if arm.model.get("qk_norm"):
+    if arm.model.get("qk_norm", "none") != "none":
         raise ValueError(
             f"qk_clip {config.qk_clip:g} and {arm_name}: QK-norm undoes a change of the weights before it, and bounds "
             f"the logits itself; {advice}"

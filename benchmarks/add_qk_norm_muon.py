@@ -1,0 +1,149 @@
+"""QK-norm in a tiny Llama that Muon trains from its first step: at which learning rates does it train at all?
+
+Muon moves every direction of a matrix alike, so the logits q·k, products of two matrices, grow faster than anything
+else; Kimi K2's training met that with QK-clip. A tiny Llama as it is, and the same with QK-norm added (weights of 1),
+train on the source of Python's standard library at each of several learning rates of Muon, on the same batches.
+Embedding, head and norms get AdamW at 0.002 throughout. Loss of every step, in nats per byte, and the largest
+attention logit at the end.
+
+    python benchmarks/add_qk_norm_muon.py --json benchmarks/results/add_qk_norm_muon.json \
+        --picture docs/images/add-qk-norm-muon.png
+"""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import add_qk_norm as tiny
+import harness
+import torch
+import tyro
+
+from nsphere import hf
+from nsphere.train.batches import Batches, val_batches
+from nsphere.train.data import DataConfig, load_corpus
+
+ARMS = ("Llama", "with QK-norm")
+
+
+@dataclass(frozen=True)
+class Args:
+    """QK-norm under Muon, from scratch."""
+
+    lrs: tuple[float, ...] = (0.02, 0.1, 0.3, 1.0)
+    """Of Muon."""
+    seeds: int = 2
+    """How many times all of it."""
+    steps: int = 200
+    """Steps, 20 of them warmup."""
+    threads: int = 2
+    """Threads of torch."""
+    json: Path | None = None
+    """Where to write the numbers."""
+    picture: Path | None = None
+    """Where to draw them."""
+
+
+def train(model: Any, batches: Batches, steps: int, lr: float) -> list[float]:
+    matrices = [p for name, p in model.named_parameters() if "_proj." in name]
+    others = [p for name, p in model.named_parameters() if "_proj." not in name]
+    optimizers = {
+        lr: torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.0),
+        0.002: torch.optim.AdamW(others, lr=0.002, betas=(0.9, 0.95), weight_decay=0.0),
+    }
+    losses = []
+    model.train()
+    for step in range(steps):
+        loss = tiny.loss_of(model, batches(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for usual, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = usual * min(1.0, (step + 1) / 20)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(round(loss.item(), 4))
+    return losses
+
+
+def largest_logit(model: Any, batch: Any) -> float:
+    """Of all heads and layers, as it enters the softmax."""
+    hf.report_max_logits(model)
+    attentions = [module for module in model.modules() if "max_logits" in module._buffers]
+    for module in attentions:
+        module.max_logits = torch.full((model.config.num_attention_heads,), -torch.inf)
+    tiny.loss_of(model, batch)
+    return max(module.max_logits.max().item() for module in attentions)
+
+
+def one_seed(args: Args, seed: int, corpus: Any) -> dict[str, Any]:
+    shape = tiny.Args()
+    batches = Batches(corpus.train, context=shape.context, batch_size=16, seed=seed)
+    held_out = val_batches(corpus.val, context=shape.context, batch_size=16, num_sequences=128)
+    runs: dict[str, Any] = {}
+    for lr in args.lrs:
+        for arm in ARMS:
+            model = tiny.make(shape, seed)
+            if arm != "Llama":
+                hf.add_qk_norm(model, "rms")
+            losses = train(model, batches, args.steps, lr)
+            end, logit = tiny.validate(model, held_out), largest_logit(model, held_out[0])
+            smooth = [statistics.fmean(losses[i : i + 10]) for i in range(len(losses) - 9)]
+            rise = max(x - min(smooth[: i + 1]) for i, x in enumerate(smooth))
+            runs.setdefault(arm, {})[str(lr)] = {"losses": losses, "rise": rise, "end": end, "logit": logit}
+            print(f"seed {seed}  lr {lr:<5g} {arm:13s} rise {rise:.3f}  end {end:.3f}  logit {logit:.0f}", flush=True)
+    return runs
+
+
+def draw(results: list[dict[str, Any]], args: Args, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(args.lrs), figsize=(3.2 * len(args.lrs), 3.0), sharey=True)
+    for axis, lr in zip(axes, args.lrs, strict=True):
+        for arm, colour in zip(ARMS, ("#b3432b", "#1f5fa8"), strict=True):
+            for i, runs in enumerate(results):
+                losses = runs[arm][str(lr)]["losses"]
+                smooth = [statistics.fmean(losses[i : i + 10]) for i in range(len(losses) - 9)]
+                axis.plot(
+                    range(10, len(losses) + 1), smooth, color=colour, lw=0.9, alpha=0.85, label=arm if i == 0 else None
+                )
+        axis.set_title(f"Muon, learning rate {lr:g}", fontsize=10)
+        axis.set_xlabel("steps")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylim(1.6, 4.0)
+    axes[0].set_ylabel(f"training loss, nats per byte\n(mean of 10 steps; {len(results)} seeds)")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    print(f"wrote {path}")
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(args.threads)
+    corpus = load_corpus(DataConfig())
+    results = [one_seed(args, seed, corpus) for seed in range(args.seeds)]
+    rows = []
+    for lr in args.lrs:
+        for arm in ARMS:
+            runs = [r[arm][str(lr)] for r in results]
+            rows.append([f"{lr:g}", arm] + [" ".join(f"{run[key]:.3f}" for run in runs) for key in ("rise", "end")])
+            rows[-1].append(" ".join(f"{run['logit']:.0f}" for run in runs))
+    header = ["lr", "arm", "largest rise", "end: val loss", "largest logit"]
+    harness.finish(
+        "QK-norm under Muon, from scratch",
+        header,
+        rows,
+        {"args": vars(args) | {"json": None, "picture": None}, "seeds": results},
+        args.json,
+    )
+    if args.picture is not None:
+        draw(results, args, args.picture)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
