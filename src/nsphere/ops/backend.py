@@ -34,6 +34,10 @@ _PREFERRED = {
 logger = logging.getLogger("nsphere")
 
 
+TRACES_BACKWARDS = torch.__version__ >= "2.13"
+"""Whether a backward of our own may be compiled: under torch 2.11 it gives gradients of zero; 2.12 was not tried."""
+
+
 class Ability(NamedTuple):
     """Whether something can be done here; the reason why not, or what makes it possible."""
 

@@ -12,12 +12,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsphere.norms import compute_dtype
+from nsphere.ops.backend import TRACES_BACKWARDS
 from nsphere.ops.qk_norm_rope import reference
 from nsphere.ops.qk_norm_rope.reference import SideSpec, SideTensors
 
 
 def suits(x: Tensor, spec: SideSpec, t: SideTensors) -> bool:
     """Whether this side is a weightless norm that needs gradients, and its tables need none."""
+    if not TRACES_BACKWARDS:
+        return False
     if spec.norm is None or t.weight is not None or t.bias is not None or reference.loses_the_input(spec, t):
         return False
     needed = x.requires_grad or (t.multiplier is not None and t.multiplier.requires_grad)
