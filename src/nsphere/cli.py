@@ -32,6 +32,7 @@ usage: nsphere COMMAND [flags]      (nsphere COMMAND --help tells the flags)
   eval       loss, perplexity and bits per byte of a trained model, by context length
   import     a model from elsewhere, as a run folder
   export     a trained model for transformers, ONNX and others
+  serve      an exported folder over HTTP, as OpenAI's API has it
   families   the published QK-norm variants, as a table
   bench      what a step, the optimizer, memory and generation cost here, and what other nGPTs do
   info       what this machine can do, and why not
@@ -452,6 +453,26 @@ def _export(argv: list[str]) -> None:
         print(path)
 
 
+def _serve(argv: list[str]) -> None:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Serve:
+        """Answer OpenAI's clients from an exported transformers folder, with transformers' own server."""
+
+        folder: Annotated[Path, tyro.conf.Positional]
+        """What `nsphere export` has written."""
+        host: str = "localhost"
+        """Address to listen at."""
+        port: int = 8000
+        """Port to listen at."""
+
+    args = _parse(Serve, "serve", argv)
+    from nsphere.hf.serve import serve
+
+    serve(args.folder, args.host, args.port)
+
+
 def _families(argv: list[str]) -> None:
     from nsphere.families import table
 
@@ -508,6 +529,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "eval": _eval,
     "import": _import,
     "export": _export,
+    "serve": _serve,
     "families": _families,
     "bench": _bench,
     "info": _info,
