@@ -413,7 +413,8 @@ def _import(argv: list[str]) -> None:
         """Make a run folder of a model from elsewhere."""
 
         source: Annotated[Path, tyro.conf.Positional]
-        """A .safetensors of nsphere export, a transformers folder (nGPT, Llama, Qwen3), or NVIDIA/ngpt's ckpt.pt."""
+        """A .safetensors of nsphere export, a transformers folder (nGPT, Llama, Qwen3), a ckpt.pt of NVIDIA/ngpt, or a
+        saved state dict of PyPI's nGPT-pytorch."""
         out: Annotated[Path, tyro.conf.Positional]
         """The run folder to make."""
         num_heads: int | None = None
@@ -422,10 +423,18 @@ def _import(argv: list[str]) -> None:
         """Context, where the source does not say."""
         tokenizer: str | None = None
         """bytes, a tokenizer.json or its folder; the source's own if not given."""
+        option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+        """What a model of nGPT-pytorch was built with, where it is not the default: add_value_residual=False.
+        Repeatable."""
 
     args = _parse(Import, "import", argv)
     found = import_model(
-        args.source, args.out, num_heads=args.num_heads, context=args.context, tokenizer=args.tokenizer
+        args.source,
+        args.out,
+        num_heads=args.num_heads,
+        context=args.context,
+        tokenizer=args.tokenizer,
+        options=args.option,
     )
     print(f"{args.out}: {found.config['architecture']}, {found.model.num_parameters():,} parameters, step {found.step}")
 
