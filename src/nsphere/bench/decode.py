@@ -84,5 +84,5 @@ def main(args: Args) -> None:
         )
     header = ["arm", "prefill tokens/s", "time over gpt-qknorm", "ms a token", "over gpt-qknorm"]
     harness.finish(
-        f"generation, {args.size}, {'compiled' if args.compiled else 'eager'}", header, rows, results, args.json
+        f"generation, {args.size}, {'eager' if args.eager else 'compiled'}", header, rows, results, args.json
     )
