@@ -235,16 +235,6 @@ def test_our_compiled_steps_make_the_same_tokens():
     assert our_greedy(ours, compile=True) == greedy(hf.to_hf(ours))
 
 
-@needs.compiler
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_flex_attention_makes_the_same_tokens():
-    ours = make("gqa", num_layers=1)
-    theirs = hf.to_hf(ours)
-    theirs.set_attn_implementation("flex_attention")
-    assert greedy(theirs) == our_greedy(ours)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading moves layers to a GPU and back")
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 def test_offloaded_caches_make_the_same_tokens(cache):
