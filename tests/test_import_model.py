@@ -90,7 +90,7 @@ def test_foreign_folders_and_files(tmp_path, capsys, run):
             {"transformer.wte.weight": torch.ones(2), "rmsnorm_f.weight": torch.ones(2)},
             "whose rotary code is no rotation",
         ),
-        ({"token_embed.linear.weight": torch.ones(2)}, "of PyPI's nGPT-pytorch"),
+        ({"token_embed.linear.weight": torch.ones(2)}, "is of nGPT-pytorch, which does not say its context"),
         ({"x": torch.ones(2)}, "holds no nGPT"),
     ):
         torch.save({"model": state}, tmp_path / "x.pt")

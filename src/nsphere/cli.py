@@ -32,6 +32,7 @@ usage: nsphere COMMAND [flags]      (nsphere COMMAND --help tells the flags)
   eval       loss, perplexity and bits per byte of a trained model, by context length
   import     a model from elsewhere, as a run folder
   export     a trained model for transformers, ONNX and others
+  serve      an exported folder over HTTP, as OpenAI's API has it
   families   the published QK-norm variants, as a table
   bench      what a step, the optimizer, memory and generation cost here, and what other nGPTs do
   info       what this machine can do, and why not
@@ -414,7 +415,8 @@ def _import(argv: list[str]) -> None:
         """Make a run folder of a model from elsewhere."""
 
         source: Annotated[Path, tyro.conf.Positional]
-        """A .safetensors of nsphere export, a transformers folder (nGPT, Llama, Qwen3), or NVIDIA/ngpt's ckpt.pt."""
+        """A .safetensors of nsphere export, a transformers folder (nGPT, Llama, Qwen3), a ckpt.pt of NVIDIA/ngpt, or a
+        saved state dict of PyPI's nGPT-pytorch."""
         out: Annotated[Path, tyro.conf.Positional]
         """The run folder to make."""
         num_heads: int | None = None
@@ -423,10 +425,18 @@ def _import(argv: list[str]) -> None:
         """Context, where the source does not say."""
         tokenizer: str | None = None
         """bytes, a tokenizer.json or its folder; the source's own if not given."""
+        option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+        """What a model of nGPT-pytorch was built with, where it is not the default: add_value_residual=False.
+        Repeatable."""
 
     args = _parse(Import, "import", argv)
     found = import_model(
-        args.source, args.out, num_heads=args.num_heads, context=args.context, tokenizer=args.tokenizer
+        args.source,
+        args.out,
+        num_heads=args.num_heads,
+        context=args.context,
+        tokenizer=args.tokenizer,
+        options=args.option,
     )
     print(f"{args.out}: {found.config['architecture']}, {found.model.num_parameters():,} parameters, step {found.step}")
 
@@ -452,6 +462,26 @@ def _export(argv: list[str]) -> None:
     args = _parse(Export, "export", argv)
     for path in export(load_run(args.run, torch.device("cpu")), args.out, args.to):
         print(path)
+
+
+def _serve(argv: list[str]) -> None:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Serve:
+        """Answer OpenAI's clients from an exported transformers folder, with transformers' own server."""
+
+        folder: Annotated[Path, tyro.conf.Positional]
+        """What `nsphere export` has written."""
+        host: str = "localhost"
+        """Address to listen at."""
+        port: int = 8000
+        """Port to listen at."""
+
+    args = _parse(Serve, "serve", argv)
+    from nsphere.hf.serve import serve
+
+    serve(args.folder, args.host, args.port)
 
 
 def _families(argv: list[str]) -> None:
@@ -510,6 +540,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "eval": _eval,
     "import": _import,
     "export": _export,
+    "serve": _serve,
     "families": _families,
     "bench": _bench,
     "info": _info,

@@ -222,10 +222,12 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     cache_dtype: CacheDtype | None = None,
+    *,
+    compile: bool = False,
 ) -> Iterator[int]:
     """Continue one prompt, yielding each token as it is drawn; see `Generation`."""
     request = Request(prompt, max_new_tokens, sampling or Sampling())
-    for tokens in Generation(model, [request], cache_dtype=cache_dtype):
+    for tokens in Generation(model, [request], cache_dtype=cache_dtype, compile=compile):
         yield tokens[0]
 
 

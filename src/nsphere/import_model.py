@@ -1,4 +1,4 @@
-"""Models from elsewhere as run folders: our own exports, transformers folders, the authors' nGPT checkpoints."""
+"""Models from elsewhere as run folders: our own exports, transformers folders, checkpoints of other nGPT code."""
 
 import dataclasses
 import json
@@ -15,6 +15,7 @@ from nsphere.export import METADATA_KEY, new_folder
 from nsphere.layers import Decoder
 from nsphere.ngpt import NGPT, NGPTConfig
 from nsphere.ngpt_nvidia import from_reference_state_dict
+from nsphere.ngpt_pytorch import from_ngpt_pytorch, parse_options
 from nsphere.presets import make_config, make_model
 from nsphere.train.checkpoint import save_checkpoint
 from nsphere.train.config import SCHEMA_VERSION
@@ -34,6 +35,8 @@ class Imported:
     """config.json of the run that it becomes."""
     step: int
     tokenizer: Tokenizer | None
+    options_apply: bool = False
+    """Whether it is a model that is built with options which its file does not hold."""
 
 
 def import_model(
@@ -43,16 +46,18 @@ def import_model(
     num_heads: int | None = None,
     context: int | None = None,
     tokenizer: str | None = None,
+    options: tuple[str, ...] = (),
 ) -> Imported:
     """Read a model and write it as a run folder, whole or not at all. Nothing in it is executed.
 
     Args:
         source: a .safetensors file of `nsphere export`; a transformers folder with an nGPT, or with a Llama or Qwen3
-            of the shape that GPT has; a checkpoint of NVIDIA/ngpt (ckpt.pt).
+            of the shape that GPT has; a checkpoint of NVIDIA/ngpt (ckpt.pt); a state dict of PyPI's nGPT-pytorch.
         out: the run folder to make; must not exist.
         num_heads: of a checkpoint that does not say.
         context: of a checkpoint that does not say.
         tokenizer: what made the tokens, as `DataConfig.tokenizer`; the source's own if not given.
+        options: NAME=VALUE, what a model of nGPT-pytorch was built with; see `nsphere.ngpt_pytorch`.
 
     Raises:
         ValueError: something is there already, or the source can't be read as any of these, with the reason.
@@ -66,7 +71,9 @@ def import_model(
     elif source.suffix == ".safetensors":
         found = _from_safetensors(source)
     else:
-        found = _from_checkpoint(source, num_heads, context)
+        found = _from_checkpoint(source, num_heads, context, options)
+    if options and not found.options_apply:
+        raise ValueError(f"--option is for models of nGPT-pytorch, which {source} is not; leave it out")
     own = found.tokenizer if tokenizer is None else open_tokenizer(tokenizer)
     vocab_size = found.model.config.vocab_size
     if own is not None and own.vocab_size > vocab_size:
@@ -215,17 +222,19 @@ def _unpickled(path: Path) -> dict[str, Any]:
     return content
 
 
-def _from_checkpoint(path: Path, num_heads: int | None, context: int | None) -> Imported:
+def _from_checkpoint(path: Path, num_heads: int | None, context: int | None, options: tuple[str, ...] = ()) -> Imported:
     content = _unpickled(path)
     state = content.get("model", content)
     said = content.get("model_args") or content.get("config") or {}
     said = said if isinstance(said, dict) else vars(said)
     names = {re.sub(r"^((_orig_mod|module)\.)+", "", name) for name in state}
     if "token_embed.linear.parametrizations.weight.original" in names or "token_embed.linear.weight" in names:
-        raise ValueError(
-            f"{path} is of PyPI's nGPT-pytorch, which nsphere does not read: by default it averages values with those "
-            "of the first layer, and its file does not say whether that was off"
-        )
+        if context is None:
+            raise ValueError(f"{path} is of nGPT-pytorch, which does not say its context; give --context")
+        config, ours = from_ngpt_pytorch(state, context, parse_options(options))
+        model = make_model(config)
+        _load(model, ours, path)
+        return Imported(model, _record(model), 0, None, options_apply=True)
     if "transformer.wpe.weight" in names:
         raise ValueError(
             f"{path} is of nanoGPT, whose learned positions, LayerNorms and GELU nsphere's GPT (rotary, RMSNorm, "
@@ -245,7 +254,7 @@ def _from_checkpoint(path: Path, num_heads: int | None, context: int | None) -> 
     ours = from_reference_state_dict(state)
     vocab_size, d_model = ours["embed.weight"].shape
     scale = said.get("base_scale", d_model**-0.5)
-    config = NGPTConfig(
+    nvidia = NGPTConfig(
         vocab_size=vocab_size,
         context=context,
         d_model=d_model,
@@ -256,6 +265,6 @@ def _from_checkpoint(path: Path, num_heads: int | None, context: int | None) -> 
         s_qk_scale=scale,
         s_z_scale=scale,
     )
-    model = make_model(config)
+    model = make_model(nvidia)
     _load(model, ours, path)
     return Imported(model, _record(model), int(content.get("iter_num", 0)), None)

@@ -37,7 +37,10 @@ def test_step(tmp_path, capsys):
     "flags, keys",
     [
         (["optimizer", "--size", "demo", "--rounds", "2"], {"AdamW", "AdamW, then projection", "SphereAdamW"}),
-        (["decode", "--size", "demo", "--rounds", "1", "--prompt-tokens", "4", "--new-tokens", "3"], {"ngpt"}),
+        (
+            ["decode", "--size", "demo", "--rounds", "1", "--prompt-tokens", "4", "--new-tokens", "3", "--eager"],
+            {"ngpt"},
+        ),
         (["memory", "--size", "demo", "--eager"], {"gpt", "gpt-qknorm", "ngpt"}),
     ],
 )

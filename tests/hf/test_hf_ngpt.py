@@ -2,6 +2,7 @@
 
 import math
 
+import needs
 import pytest
 import torch
 from torch.nn import functional as F
@@ -193,24 +194,65 @@ def test_padding_on_either_side_changes_nothing():
     assert (shifted - alone).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("case", ["paper", "gqa", "nvidia", "qwen3"])
-def test_greedy_generation_is_ours_token_for_token(case, cache):
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2]]
+
+
+def greedy(theirs, **options):
+    """What transformers makes of both prompts side by side, the shorter one padded on its left."""
+    tokens = torch.tensor([PROMPTS[0], [0, 0, 0, *PROMPTS[1]]])
+    mask = torch.tensor([[1] * 5, [0, 0, 0, 1, 1]])
+    made = theirs.generate(tokens, attention_mask=mask, max_new_tokens=15, do_sample=False, pad_token_id=0, **options)
+    return made[:, 5:].tolist()
+
+
+def our_greedy(ours, **options):
     from nsphere.fold import fold
     from nsphere.generate import Sampling
 
+    return [list(generate(fold(ours), prompt, 15, Sampling(0.0), **options)) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("case", ["paper", "gqa", "nvidia", "qwen3"])
+def test_greedy_generation_is_ours_token_for_token(case, cache):
     ours = make(case).double()  # fp64: no ties that rounding could break
+    made = greedy(hf.to_hf(ours), cache_implementation=cache)
+    assert made == our_greedy(ours)
+    assert len(set(made[0])) > 1
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_every_attention_makes_the_same_tokens(attention):
+    ours = make("gqa")
     theirs = hf.to_hf(ours)
-    prompts = [[3, 1, 4, 1, 5], [9, 2]]
-    tokens = torch.tensor([prompts[0], [0, 0, 0, *prompts[1]]])
-    mask = torch.tensor([[1] * 5, [0, 0, 0, 1, 1]])
+    theirs.set_attn_implementation(attention)
+    assert greedy(theirs) == our_greedy(ours)
+
+
+@needs.compiler
+def test_our_compiled_steps_make_the_same_tokens():
+    ours = make("gqa", num_layers=1)
+    assert our_greedy(ours, compile=True) == greedy(hf.to_hf(ours))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading moves layers to a GPU and back")
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_make_the_same_tokens(cache):
+    ours = make("gqa").double()
+    theirs = hf.to_hf(ours).cuda()
     made = theirs.generate(
-        tokens, attention_mask=mask, max_new_tokens=15, do_sample=False, cache_implementation=cache, pad_token_id=0
+        torch.tensor([PROMPTS[0]], device="cuda"), max_new_tokens=15, do_sample=False, cache_implementation=cache
     )
-    for row, prompt in zip(made, prompts, strict=True):
-        expected = list(generate(fold(ours), prompt, 15, Sampling(0.0)))
-        assert row[5:].tolist() == expected
-    assert len(set(made[0, 5:].tolist())) > 1
+    assert made[0, 5:].tolist() == our_greedy(ours)[0]
+
+
+def test_a_quantized_cache_makes_nearly_the_same_tokens():
+    pytest.importorskip("optimum.quanto")
+    ours = make("paper")
+    config = {"backend": "quanto", "nbits": 4, "residual_length": 4}
+    made = greedy(hf.to_hf(ours), cache_implementation="quantized", cache_config=config)
+    same = sum(a == b for x, y in zip(made, our_greedy(ours), strict=True) for a, b in zip(x, y, strict=True))
+    assert same >= 10
 
 
 def test_generation_without_cache_with_beams_and_samples():

@@ -9,6 +9,7 @@ import torch
 
 from nsphere.bench import harness
 from nsphere.bench.step import SIZES, SizeName
+from nsphere.fold import fold
 from nsphere.generate import Sampling, generate
 from nsphere.layers import Decoder
 from nsphere.presets import make_model
@@ -29,6 +30,8 @@ class Args:
     """Tokens made after it."""
     rounds: int = 7
     """Runs of each that count."""
+    eager: bool = False
+    """Do not compile the steps."""
     bf16: bool = False
     """Under bf16 autocast; fp32 else."""
     json: Path | None = None
@@ -42,10 +45,10 @@ def main(args: Args) -> None:
 
     def candidate(model: Decoder) -> Callable[[], dict[str, float]]:
         def read() -> None:
-            next(iter(generate(model, prompt, 1, Sampling(temperature=0))))
+            next(iter(generate(model, prompt, 1, Sampling(temperature=0), compile=not args.eager)))
 
         def read_and_go_on() -> None:
-            for _ in generate(model, prompt, args.new_tokens + 1, Sampling(temperature=0)):
+            for _ in generate(model, prompt, args.new_tokens + 1, Sampling(temperature=0), compile=not args.eager):
                 pass
 
         def run() -> dict[str, float]:
@@ -58,7 +61,7 @@ def main(args: Args) -> None:
         return run
 
     models = {
-        arm: make_model(model_config(arm, resolve(arm, size.config), size.vocab_size)).to(device).eval() for arm in ARMS
+        arm: fold(make_model(model_config(arm, resolve(arm, size.config), size.vocab_size)).to(device)) for arm in ARMS
     }
     candidates = {arm: candidate(model) for arm, model in models.items()}
     for run in candidates.values():
@@ -80,4 +83,6 @@ def main(args: Args) -> None:
             [arm, f"{rate:,.0f}", harness.spread(over["prefill"]), harness.spread(token), harness.spread(over["token"])]
         )
     header = ["arm", "prefill tokens/s", "time over gpt-qknorm", "ms a token", "over gpt-qknorm"]
-    harness.finish(f"generation, {args.size}", header, rows, results, args.json)
+    harness.finish(
+        f"generation, {args.size}, {'eager' if args.eager else 'compiled'}", header, rows, results, args.json
+    )

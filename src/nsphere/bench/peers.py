@@ -1,6 +1,7 @@
 """What do other nGPT implementations need for a step of the same shape: as their users run them, and compiled?"""
 
 import dataclasses
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,9 +45,9 @@ def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
 
 def ngpt_pytorch(size: Size, compiled: bool, device: str) -> Step:
     """nGPT-pytorch: fp32, as it fails under autocast; its weights projected after the step, its faster way."""
-    import nGPT_pytorch.nGPT as package
     from nGPT_pytorch import nGPT
 
+    package = importlib.import_module("nGPT_pytorch.nGPT")  # `import … as` would give the class of that name
     for kind in vars(package).values():  # 0.2.16 defines __eq__ without __hash__, and then can't be called
         if isinstance(kind, type) and issubclass(kind, torch.nn.Module) and kind.__hash__ is None:
             kind.__hash__ = torch.nn.Module.__hash__

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
+from nsphere.generate import Sampling
 from nsphere.hf.convert import to_hf
 from nsphere.hf.tokenizer import hf_tokenizer
 from nsphere.train.loop import read_result
@@ -31,7 +32,10 @@ def write_folder(run: SavedRun, folder: Path, max_shard_size: str | int = "5GB")
     """
     model = to_hf(run.model)
     ends = None if run.tokenizer is None else run.tokenizer.separator_id
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends)
+    # drawn from as `nsphere generate` does; a server that is asked for a temperature ignores it without do_sample
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=Sampling().temperature, top_k=0, eos_token_id=ends, pad_token_id=ends
+    )
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,0 +1,40 @@
+"""transformers' own OpenAI-compatible server, on an exported folder."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+
+def check_servable(folder: Path) -> None:
+    """Raise ValueError for what the server would fail on: a folder that is no export, or packages that are missing."""
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} is no transformers folder; make one with nsphere export RUN FOLDER")
+    if "architectures" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        raise ValueError(f"{folder} is a run folder; export it first: nsphere export {folder} FOLDER")
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer, so text can't be served from it")
+    missing = [name for name in ("fastapi", "uvicorn", "openai", "accelerate") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ValueError(f"serving needs {', '.join(missing)}: pip install 'transformers[serving]'")
+
+
+def serve(folder: Path, host: str, port: int) -> None:
+    """Run `transformers serve FOLDER` until it is interrupted, with nGPT known to it.
+
+    The server looks the class of a model up in the namespace of transformers itself (5.0 to 5.23), whatever a folder
+    ships and --trust-remote-code says. So an nGPT is put there, in this process; a GPT, which is a Llama or Qwen3,
+    would not need it.
+
+    Raises:
+        ValueError: see `check_servable`.
+    """
+    check_servable(folder)
+    import transformers
+    from transformers.cli.transformers import main
+
+    from nsphere.hf import NGPTForCausalLM
+
+    transformers.NGPTForCausalLM = NGPTForCausalLM  # type: ignore[attr-defined]
+    sys.argv = ["transformers", "serve", str(folder), "--host", host, "--port", str(port)]
+    main()
