@@ -101,7 +101,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = make_model(self.model_config)
-        if not self.compiled:
+        if not self.compiled and backend.choose(self.device) == "compiled":
             for module in self.model.modules():
                 if isinstance(module, QKNorm):
                     module.backend = "reference"  # eager means eager: its op would compile itself
