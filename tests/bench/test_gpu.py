@@ -1,4 +1,4 @@
-"""`make gpu`'s script where there is no GPU: what it starts exists, runs at tiny sizes, and is skipped with a reason."""
+"""`make gpu`'s script where there is no GPU: its stages exist, run at tiny sizes, and are skipped with a reason."""
 
 import importlib
 import json

@@ -45,6 +45,11 @@ def check(name: str, x: Any, allowed: Collection[int], what: str, like: Any = No
         )
 
 
+def split_along(x: Any, dim: int) -> bool:
+    """Whether ranks share this dim of a DTensor."""
+    return any(placement.is_shard(dim) for placement in x.placements)
+
+
 def local_part(x: Any) -> Tensor:
     """This rank's part; its gradient is placed as the DTensor is."""
     return x.to_local(grad_placements=x.placements)

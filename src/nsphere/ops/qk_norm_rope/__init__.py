@@ -93,13 +93,13 @@ def _run_sharded(
     sides: tuple[Tensor, ...], specs: tuple[SideSpec, ...], values: tuple[SideTensors, ...], backend: str | None
 ) -> tuple[Tensor, ...]:
     """Of DTensors: the op on this rank's parts, by the rules of `nsphere.ops.sharded`."""
-    parts, locals_ = [], []
+    local_sides, parts = [], []
     for name, x, spec, t in zip("qk", sides, specs, values, strict=False):
         split_heads = spec.norm is None or spec.over == "head"
         allowed, what = ((0, 1, 2), "a norm spans a head") if split_heads else ((0, 1), "a norm spans several heads")
         sharded.check(name, x, allowed, what)
-        locals_.append(sharded.local_part(x))
-        if spec.norm is not None and spec.norm.weight == "full" and any(p.is_shard(2) for p in x.placements):
+        local_sides.append(sharded.local_part(x))
+        if spec.norm is not None and spec.norm.weight == "full" and sharded.split_along(x, 2):
             raise ValueError(
                 f"{name} has its heads split and one weight for all of them; split neither, or give [H, D]"
             )
@@ -109,7 +109,7 @@ def _run_sharded(
         cos, sin = (_local_table(table, x) for table in (t.cos, t.sin))
         multiplier = None if t.multiplier is None else sharded.local_factor(t.multiplier, x, 4 - t.multiplier.dim())
         parts.append(SideTensors(weight, bias, cos, sin, multiplier, t.constant))
-    ys = _run(tuple(locals_), specs, tuple(parts), backend)
+    ys = _run(tuple(local_sides), specs, tuple(parts), backend)
     return tuple(sharded.whole(y, x) for y, x in zip(ys, sides, strict=True))
 
 
