@@ -33,8 +33,8 @@ def losses(corpus, compiled):
 def test_losses_are_the_same(tmp_path, monkeypatch):
     """fp32, so that a wrong formula can't hide in rounding.
 
-    The first loss differs by the last bits of fp32 (1e-7); each step multiplies such a difference, which stayed below
-    3e-6 of the loss here. An update whose sign is wrong, or whose projection is missing, is off by 1e-2 in a few steps.
+    Losses differ by the last bits of fp32 at first (1e-7), and each step makes more of it: 2e-7 of the loss in the 8
+    steps of the interpreter. A wrong formula is off by 1e-2 in a few steps.
     """
     corpus = load_corpus(tiny.text_file(tmp_path), cache_dir=None)
     runs = {}
@@ -47,6 +47,9 @@ def test_losses_are_the_same(tmp_path, monkeypatch):
         monkeypatch.setenv("NSPHERE_BACKEND", name)
         runs[name, compiled] = losses(corpus, compiled)
     expected = runs.pop(("reference", False))
-    assert runs and expected[-1] < expected[0]
+    assert runs and expected.std() > 0.1  # the runs learn something
     for key, found in runs.items():
-        assert ((found - expected).abs() / expected).max() <= 2e-5, (key, ((found - expected).abs() / expected).max())
+        assert ((found - expected).abs() / expected).max() <= size(2e-5, 4e-6), (
+            key,
+            ((found - expected).abs() / expected).max(),
+        )
