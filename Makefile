@@ -38,7 +38,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/nsphere bench step --rounds 9 --json benchmarks/results/step.json
 	$(BIN)/nsphere bench optimizer --json benchmarks/results/optimizer.json
-	$(BIN)/nsphere bench ops --json benchmarks/results/ops.json
+	$(BIN)/nsphere bench ops --tokens 4096 --head-dims 128 --widths 1024 --rounds 9 --json benchmarks/results/ops.json
 	$(BIN)/nsphere bench memory --json benchmarks/results/memory.json
 	$(BIN)/nsphere bench decode --json benchmarks/results/decode.json
 	$(BIN)/nsphere bench peers --json benchmarks/results/peers.json
