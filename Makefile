@@ -4,13 +4,14 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint types docs format bench clean help
+.PHONY: demo test lint types docs format bench gpu clean help
 
 help:
 	@echo "make demo    train GPT, GPT + QK-norm and nGPT side by side on the embedded text; write runs/demo/report.html"
 	@echo "make test    lint, types, the docs and every test"
 	@echo "make docs    the guides and the reference, as pages in docs/_build/html"
 	@echo "make bench   the benchmarks, tables and JSON"
+	@echo "make gpu     on a machine with a GPU: its tests and every benchmark, in nine minutes, into OUT (results/gpu)"
 	@echo "make clean   remove the environment and the runs"
 
 demo: $(VENV)/.train
@@ -37,10 +38,17 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/nsphere bench step --rounds 9 --json benchmarks/results/step.json
 	$(BIN)/nsphere bench optimizer --json benchmarks/results/optimizer.json
+	$(BIN)/nsphere bench ops --tokens 4096 --head-dims 128 --widths 1024 --rounds 9 --json benchmarks/results/ops.json
 	$(BIN)/nsphere bench memory --json benchmarks/results/memory.json
 	$(BIN)/nsphere bench decode --json benchmarks/results/decode.json
 	$(BIN)/nsphere bench peers --json benchmarks/results/peers.json
 	$(BIN)/python benchmarks/qk.py --json benchmarks/results/qk.json
+	$(BIN)/python benchmarks/kernels.py --json benchmarks/results/kernels.json
+
+# with what is installed beside $(PYTHON): no environment is made, nothing is fetched
+OUT ?= results/gpu
+gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --out $(OUT)
 
 clean:
 	rm -rf $(VENV) runs build dist docs/_build

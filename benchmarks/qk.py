@@ -16,7 +16,6 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import harness
 import torch
-import tyro
 
 from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
@@ -142,8 +141,7 @@ def graphs_by_length(head_dim, dtype, device):
     return counted
 
 
-def main():
-    args = tyro.cli(Args, description=Args.__doc__)
+def main(args):
     rows, results, missed = [], [], []
     for head_dim in (64, 128):
         for dtype in (torch.float32, torch.bfloat16):
@@ -188,4 +186,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import tyro
+
+    main(tyro.cli(Args, description=Args.__doc__))

@@ -509,6 +509,7 @@ def _info(argv: list[str]) -> None:
 BENCHMARKS = {
     "step": "a training step of nGPT over GPT's, in parts",
     "optimizer": "AdamW, AdamW and the projection, SphereAdamW",
+    "ops": "the fused operations over torch.compile and over a copy",
     "memory": "the peak of a step, and what a block keeps for its backward",
     "decode": "generation: reading a prompt, and a token after it",
     "peers": "nGPT steps of other packages, as far as they are installed",

@@ -50,6 +50,21 @@ def test_the_others(flags, keys, tmp_path):
     assert keys <= set(json.loads(path.read_text())["results"])
 
 
+@needs_compiler
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_ops(tmp_path, capsys):
+    path = tmp_path / "ops.json"
+    tiny = ["--ops", "normalized_update", "--tokens", "16", "--widths", "32", "--rounds", "3"]
+    assert main(["bench", "ops", *tiny, "--json", str(path)]) == 0
+    results = json.loads(path.read_text())["results"]
+    found = results["normalized_update, h float32, d 32, 16 tokens"]
+    assert found["least_bytes"] == {"forward": 16 * 32 * (4 + 4 + 2), "backward": 16 * 32 * (3 * 4 + 2 * 2)}
+    assert found["torch.compile of the formula"]["forward"]["over_compiled_formula"] == [1, 1, 1]
+    assert found["copy"]["backward"]["share_of_copy_rate"] == [1, 1, 1]
+    assert found["nsphere, compiled"]["backward"]["ms"][1] > 0
+    assert "of copy" in capsys.readouterr().out
+
+
 def test_peers_that_are_not_installed_are_said_to_be(tmp_path, capsys, monkeypatch):
     from nsphere.bench import peers
 

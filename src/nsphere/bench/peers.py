@@ -1,7 +1,7 @@
 """What do other nGPT implementations need for a step of the same shape: as their users run them, and compiled?"""
 
 import dataclasses
-import importlib
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ def ngpt_pytorch(size: Size, compiled: bool, device: str) -> Step:
     """nGPT-pytorch: fp32, as it fails under autocast; its weights projected after the step, its faster way."""
     from nGPT_pytorch import nGPT
 
-    package = importlib.import_module("nGPT_pytorch.nGPT")  # `import … as` would give the class of that name
-    for kind in vars(package).values():  # 0.2.16 defines __eq__ without __hash__, and then can't be called
+    # 0.2.16 defines __eq__ without __hash__, and then can't be called; its module has the class's name
+    for kind in vars(sys.modules[nGPT.__module__]).values():
         if isinstance(kind, type) and issubclass(kind, torch.nn.Module) and kind.__hash__ is None:
             kind.__hash__ = torch.nn.Module.__hash__
     c = size.config
@@ -76,7 +76,10 @@ def ngpt_pytorch(size: Size, compiled: bool, device: str) -> Step:
 
 
 def olmo_core(size: Size, compiled: bool, device: str) -> Step:
-    """OLMo-core's normalized transformer under bf16 autocast, with its own compiling of each block."""
+    """OLMo-core: weights, optimizer state and products in bf16, which flatters it.
+
+    It fails under autocast (its lerp wants one dtype), and its own training casts to bf16 inside FSDP.
+    """
     from olmo_core.nn.attention import AttentionBackendName
     from olmo_core.nn.transformer import TransformerConfig
 
@@ -90,15 +93,14 @@ def olmo_core(size: Size, compiled: bool, device: str) -> Step:
         attn_backend=AttentionBackendName.torch,
     ).build(init_device=device)
     model.init_weights(device=torch.device(device), max_seq_len=c.context)
+    model = model.to(torch.bfloat16)
     optimizer = adamw(model)
     if compiled:
         model.apply_compile()
     tokens, targets = batches(size, device)
 
     def step() -> None:
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = model(tokens, labels=targets).loss
-        loss.backward()
+        model(tokens, labels=targets).loss.backward()
         _finish(model, optimizer)
         model.post_optim_step()
 

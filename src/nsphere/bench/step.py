@@ -14,6 +14,7 @@ from nsphere.bench import harness
 from nsphere.train.config import RunOptions, TrainConfig, resolve
 from nsphere.train.data import Corpus, TokenSplit
 from nsphere.train.gradients import clip_grad_norm_
+from nsphere.train.metrics import flops_per_token, peak_flops
 from nsphere.train.timing import peak_memory
 from nsphere.train.tokenizer import ByteTokenizer
 from nsphere.train.trainer import Trainer
@@ -96,6 +97,12 @@ def timed_step(trainer: Trainer) -> dict[str, float]:
     return parts | {"total": 1e3 * (marks[-1] - marks[0])}
 
 
+def utilisation(trainer: Trainer, ms: float) -> float | None:
+    """Model FLOPs utilisation of steps of so many milliseconds; None where the device's peak is not known."""
+    peak = peak_flops(trainer.device, trainer.autocast_dtype == torch.bfloat16)
+    return None if peak is None else flops_per_token(trainer.model) * trainer.tokens_per_step / (ms / 1e3) / peak
+
+
 def measure(size: Size, mode: str, rounds: int, arms: tuple[str, ...] = ARMS) -> dict[str, dict[str, Any]]:
     """All arms at one size."""
     torch._dynamo.reset()
@@ -108,6 +115,7 @@ def measure(size: Size, mode: str, rounds: int, arms: tuple[str, ...] = ARMS) ->
         arm: {
             "ms": {part: harness.quartiles(values[arm][part]) for part in (*PARTS, "total")},
             **{f"over_{base}": harness.ratios(values[arm]["total"], values[base]["total"]) for base in arms[:2]},
+            "mfu": utilisation(trainers[arm], harness.quartiles(values[arm]["total"])[1]),
             "peak_memory_bytes": peak_memory(trainers[arm]),
         }
         for arm in arms
@@ -128,7 +136,8 @@ def main(args: Args) -> None:
                         *(f"{r['ms'][part][1]:.1f}" for part in (*PARTS, "total")),
                         *(harness.spread(r[f"over_{base}"], 3) for base in args.arms[:2]),
                         memory,
+                        "–" if r["mfu"] is None else f"{r['mfu']:.1%}",
                     ]
                 )
-    header = ["size, mode, arm", *PARTS, "total ms", *(f"over {base}" for base in args.arms[:2]), "peak MiB"]
+    header = ["size, mode, arm", *PARTS, "total ms", *(f"over {base}" for base in args.arms[:2]), "peak MiB", "MFU"]
     harness.finish("training step", header, rows, results, args.json)

@@ -105,7 +105,7 @@ class Trainer:
         """The weights of any layout are those that one process draws from the seed."""
 
         def spread(model: Decoder) -> None:
-            if not self.compiled:
+            if not self.compiled and backend.choose(self.device) == "compiled":
                 for module in model.modules():
                     if isinstance(module, QKNorm):
                         module.backend = "reference"  # eager means eager: its op would compile itself

@@ -8,7 +8,9 @@ import os
 
 import pytest
 import torch
+from interpreter import patch_once
 
+patch_once()
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
 

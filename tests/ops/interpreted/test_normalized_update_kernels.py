@@ -121,13 +121,14 @@ def test_the_sum_for_alpha_is_the_same_from_run_to_run():
 
 
 def test_offsets_beyond_2_to_the_31():
-    h, o, lr, _ = (t.float() for t in draw((2, 8)))
-    # rows 2^31 + 8 elements apart: pages that nothing touches take no memory
-    pages = torch.UntypedStorage(2 * (2**31 + 16))
-    far = torch.tensor([], dtype=torch.bfloat16).set_(pages, 0, (2, 1, 8), (2**31 + 8, 8, 1))
-    far.copy_(o.view(2, 1, 8))
+    h, o, lr, _ = (t.float() for t in draw((3, 8)))
+    # rows 2^30 + 8 elements apart: a row's number and the stride fit 32 bits, their product does not.
+    # Pages that nothing touches take no memory
+    pages = torch.UntypedStorage(2 * (2**31 + 32))
+    far = torch.tensor([], dtype=torch.bfloat16).set_(pages, 0, (3, 1, 8), (2**30 + 8, 8, 1))
+    far.copy_(o.view(3, 1, 8))
     near = far.clone()
-    assert torch.equal(kernel(h.view(2, 1, 8), far, lr), kernel(h.view(2, 1, 8), near, lr))
+    assert torch.equal(kernel(h.view(3, 1, 8), far, lr), kernel(h.view(3, 1, 8), near, lr))
 
 
 def test_registered_with_torch_library(monkeypatch):

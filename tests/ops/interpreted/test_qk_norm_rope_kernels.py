@@ -213,9 +213,10 @@ def test_an_empty_batch_and_gradients_of_one_side():
 
 
 def test_heads_beyond_2_to_the_31_elements():
-    pages = torch.UntypedStorage(2 * (2**31 + 16))
-    far = torch.tensor([], dtype=torch.bfloat16).set_(pages, 0, (1, 1, 2, 8), (0, 0, 2**31 + 8, 1))
-    far.copy_(torch.randn(1, 1, 2, 8))
+    # a head's number and the stride fit 32 bits, their product does not
+    pages = torch.UntypedStorage(2 * (2**31 + 32))
+    far = torch.tensor([], dtype=torch.bfloat16).set_(pages, 0, (1, 1, 3, 8), (0, 0, 2**30 + 8, 1))
+    far.copy_(torch.randn(1, 1, 3, 8))
     spec = SideSpec(NormSpec("rms", 1e-6), None)
     got, expected = (norm_rope(x, spec, SideTensors(), backend="triton") for x in (far, far.contiguous()))
     assert torch.equal(got, expected)

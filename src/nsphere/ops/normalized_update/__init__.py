@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from nsphere.ops import backend as backends
+from nsphere.ops import sharded
 from nsphere.ops.backend import TRACES_BACKWARDS
 from nsphere.ops.normalized_update import lean, reference
 from nsphere.ops.normalized_update.reference import unit
@@ -26,12 +27,22 @@ def normalized_update(h: Tensor, o: Tensor, eigen_lr: Tensor, *, backend: str | 
         [..., d] in h's dtype; unit vectors. Statistics and the interpolation are computed in fp32. Under "triton"
         the second derivative is an error.
 
+    h and o may be DTensors, placed alike and split along any dim but the last; eigen_lr is then whole on every rank,
+    and if a DTensor, its gradient is a `Partial` where h is split. Nothing is sent.
+
     Raises:
-        ValueError: for an unknown backend.
+        ValueError: for an unknown backend; for DTensors that are placed in another way.
         RuntimeError: for a backend that was asked for and cannot run.
 
     Source: arXiv 2410.01131, equations 10 and 11.
     """
+    if sharded.any_dtensor((h, o)):
+        sharded.check("h", h, range(h.dim() - 1), "a norm spans the last dim")
+        sharded.check("o", o, range(o.dim() - 1), "a norm spans the last dim", like=h)
+        lr = sharded.local_factor(eigen_lr, h, h.dim() - eigen_lr.dim())
+        assert lr is not None
+        y = normalized_update(sharded.local_part(h), sharded.local_part(o), lr, backend=backend)
+        return sharded.whole(y, h)
     chosen = backends.choose_for(h.device.type, backend)
     if chosen == "triton":
         from nsphere.ops.normalized_update import triton

@@ -35,7 +35,7 @@ def why_not(sides: tuple[Tensor, ...], specs: tuple[SideSpec, ...], values: tupl
             return f"over={spec.over}: a statistic of the kernels spans whole heads"
         if x.shape[-1] % 2:
             return f"a head of {x.shape[-1]} dims has no pairs"
-        if next_power_of_2(_heads(spec, x)) * next_power_of_2(x.shape[-1]) > MAX_WIDTH:
+        if next_power_of_2(_heads(spec, x.shape)) * next_power_of_2(x.shape[-1]) > MAX_WIDTH:
             return f"over={spec.over}: more than the {MAX_WIDTH} elements that a program holds"
         if spec.rope is not None and spec.rope.compute_dtype == torch.float64:
             return "a rotation in fp64"
@@ -53,11 +53,11 @@ def why_not(sides: tuple[Tensor, ...], specs: tuple[SideSpec, ...], values: tupl
     return None
 
 
-def _heads(spec: SideSpec, x: Tensor) -> int:
-    """Heads that one statistic spans."""
+def _heads(spec: SideSpec, shape: torch.Size) -> int:
+    """Heads that one statistic spans, of an input of this shape."""
     if spec.norm is None or spec.over == "head":
         return 1
-    return x.shape[-2] if spec.over == "full" else spec.over // x.shape[-1]  # type: ignore[operator]
+    return shape[-2] if spec.over == "full" else spec.over // shape[-1]  # type: ignore[operator]
 
 
 def _varies(multiplier: Tensor) -> bool:
@@ -108,9 +108,7 @@ class Side:
 def _side(x_shape: torch.Size, dtype: torch.dtype, spec: SideSpec, t: SideTensors, wants: tuple[bool, ...]) -> Side:
     num_heads, head_dim = x_shape[-2:]
     norm, rope = spec.norm, spec.rope
-    heads = 1
-    if norm is not None and spec.over != "head":
-        heads = num_heads if spec.over == "full" else spec.over // head_dim  # type: ignore[operator]
+    heads = _heads(spec, x_shape)
     num_groups = num_heads // heads
     tile_heads, tile_pairs = next_power_of_2(heads), next_power_of_2(head_dim // 2)
     num_rotated = 0 if rope is None else rope.dim // 2
@@ -306,7 +304,7 @@ def _inverse_like(x: Tensor, side_spec: SideSpec) -> Tensor:
     """1/root of every statistic, [B · T, groups]; nothing without a norm."""
     if side_spec.norm is None:
         return x.new_empty(0, dtype=torch.float32)
-    return x.new_empty((x.shape[0] * x.shape[1], x.shape[2] // _heads(side_spec, x)), dtype=torch.float32)
+    return x.new_empty((x.shape[0] * x.shape[1], x.shape[2] // _heads(side_spec, x.shape)), dtype=torch.float32)
 
 
 @torch.library.custom_op("nsphere::qk_norm_rope", mutates_args=())

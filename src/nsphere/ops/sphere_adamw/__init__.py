@@ -54,8 +54,9 @@ def sphere_adamw_(
             exact; give another seed every step. None rounds to the nearest.
         grad_scale: 0-dim; gradients are divided by it (GradScaler).
         found_inf: 0-dim; where it is not 0 nothing changes, not even the step counts.
-        backend: "reference", torch's AdamW and then the projection; "compiled", on CPU one pass in C++; "triton",
-            all weights of a kind in one launch; by default the one that measured fastest.
+        backend: "reference", torch's AdamW weight by weight and then the projection; "compiled", on CPU one pass in
+            C++, elsewhere torch's fused AdamW and then the projection; "triton", all weights of a kind in one launch;
+            by default the one that measured fastest.
 
     Raises:
         ValueError: for lists of unequal length, a weight that is not fp32, or a dim it does not have; for an unknown
@@ -85,7 +86,8 @@ def sphere_adamw_(
         if reason is None:
             return cpu.sphere_adamw_(*arguments, **options)
         backends.refuse_or_log(backend, "compiled", f"sphere_adamw_: {reason}")
-    reference.sphere_adamw_(*arguments, **options)
+    # where there is no pass of our own the compiled backend is torch's kernel for all weights, and then the projection
+    reference.sphere_adamw_(*arguments, **options, fused=chosen == "compiled" and device.type != "cpu")
 
 
 def check(

@@ -26,8 +26,9 @@ def sphere_adamw_(
     rounding_seed: int | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    fused: bool = False,
 ) -> None:
-    """See `nsphere.ops.sphere_adamw`."""
+    """See `nsphere.ops.sphere_adamw`; `fused` takes torch's one kernel for all weights."""
     if found_inf is not None and found_inf.item():
         return
     grads = unscaled(weights, grads, grad_scale)
@@ -39,6 +40,7 @@ def sphere_adamw_(
         [],
         list(steps),
         foreach=False,
+        fused=fused,
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],
