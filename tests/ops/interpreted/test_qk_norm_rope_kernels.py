@@ -36,7 +36,11 @@ def test_values_and_gradients(rope, place):
     turn = sorted(ROPES).index(rope) + (place == "after")
     over, kind = ("head", "full", 16)[turn % 3], ("l2", "rms", "layer")[turn // 2 % 3]
     check(
-        build(kind, over, place, ROPES[rope], eps=0.0 if kind == "l2" else 1e-3), q, k, grads, tables_for(ROPES[rope])
+        build(kind, over, place, ROPES[rope], eps=0.0 if kind == "l2" else 1e-3, scale=1.5),
+        q,
+        k,
+        grads,
+        tables_for(ROPES[rope]),
     )
 
 
