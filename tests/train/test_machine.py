@@ -2,6 +2,7 @@ import torch
 
 from nsphere.ops import backend
 from nsphere.train import machine
+from nsphere.train.ranks import ALONE
 from nsphere.train.timing import time_steps
 
 
@@ -31,6 +32,7 @@ class FakeTrainer:
 
     device = torch.device("cpu")
     optimizers: tuple = ()
+    world = ALONE
 
     def __init__(self, name: str, seconds: float, clock: "FakeClock") -> None:
         self.name, self.seconds, self.clock = name, seconds, clock
