@@ -501,7 +501,7 @@ def test_a_factor_of_zero():
 def test_all_lengths_share_two_compilations():
     if reason := backends.why_not("compiled", "cpu"):
         pytest.skip(reason)
-    qk = build("rms", "head", "before", ROPES["half"], eps=2e-6)
+    qk = build("layer", "head", "before", ROPES["half"], eps=2e-6)
     qk.backend = "compiled"
     torch._dynamo.utils.counters.clear()
     for t in (5, 7, 19, 64):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nsphere.norms import compute_dtype
-from nsphere.ops.qk_norm_rope import reference
+from nsphere.ops.qk_norm_rope import reference, rows
 from nsphere.ops.qk_norm_rope.reference import SideSpec, SideTensors
 from nsphere.rope import RopeSpec
 
@@ -165,13 +165,16 @@ def _forward(plan: Plan) -> Callable[..., Any]:
         results = [reference.forward(*side) for side in zip(tensors[:n], values, plan.specs, strict=True)]
         return *(y for y, _ in results), *(inverse for _, inverse in results)
 
-    return _compile(forward, (*[2] * n, *_FREE * n, *[0] * n)) if plan.compiled else forward
+    if not plan.compiled:
+        return forward
+    compiled = _compile(forward, (*[2] * n, *_FREE * n, *[0] * n))
+    return rows.forward(plan.specs, compiled) if rows.suit(plan.specs) else compiled
 
 
 def _backward(plan: Plan, wanted: tuple[bool, ...]) -> Callable[..., Any]:
     n, num_fields = len(plan.specs), len(_FIELDS)
-    rows = [wanted[i : i + num_fields] for i in range(0, len(wanted), num_fields)]
-    wanted_of = [(weight, bias, multiplier) for weight, bias, _, _, multiplier in rows]
+    by_side = [wanted[i : i + num_fields] for i in range(0, len(wanted), num_fields)]
+    wanted_of = [(weight, bias, multiplier) for weight, bias, _, _, multiplier in by_side]
 
     def backward(*tensors: Any) -> list[tuple[Tensor | None, ...]]:
         grads, kept, inverses, undo = (tensors[i * n : (i + 1) * n] for i in range(4))
@@ -179,7 +182,10 @@ def _backward(plan: Plan, wanted: tuple[bool, ...]) -> Callable[..., Any]:
         sides = zip(grads, kept, inverses, values, plan.specs, undo, wanted_of, strict=True)
         return [reference.backward(*side) for side in sides]
 
-    return _compile(backward, (*[2] * 3 * n, *[-2] * n, *_FREE * n, *[0] * n)) if plan.compiled else backward
+    if not plan.compiled:
+        return backward
+    compiled = _compile(backward, (*[2] * 3 * n, *[-2] * n, *_FREE * n, *[0] * n))
+    return rows.backward(plan.specs, wanted_of, compiled) if rows.suit(plan.specs) else compiled
 
 
 def _compile(function: Callable[..., Any], free: tuple[int, ...]) -> Callable[..., Any]:
