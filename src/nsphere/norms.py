@@ -465,8 +465,8 @@ def _check_choices(owner: str, spec: NormSpec) -> None:
             f'{owner} got eps_place={spec.eps_place!r} with weight_cast="torch", whose function has it '
             f'"{torch_place}"; choose that, or another weight_cast'
         )
-    if spec.eps is not None and spec.eps < 0:
-        raise ValueError(f"{owner} got eps={spec.eps}; give 0 or a small positive number")
+    if spec.eps is not None and not (isinstance(spec.eps, int | float) and spec.eps >= 0):
+        raise ValueError(f"{owner} got eps={spec.eps!r}; give 0 or a small positive number")
 
 
 def _weight_shape(owner: str, dim: int, weight: WeightShape, num_heads: int | None) -> tuple[int, ...] | None:

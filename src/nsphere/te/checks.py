@@ -107,7 +107,18 @@ def _is_split(value: Any) -> bool:
     return named and all(_is_whole(size) and size > 0 for size in sizes)
 
 
+def _is_device(value: Any) -> bool:
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+
+
+BOOL = Rule(lambda v: isinstance(v, bool), "give True or False")
 COUNT = Rule(lambda v: _is_whole(v) and v > 0, "give a whole number, at least 1")
+COUNT_OR_NONE = _or_none(COUNT)
+FROM_ZERO = Rule(lambda v: _is_whole(v) and v >= 0, "give a whole number, at least 0")
 POSITIVE = Rule(lambda v: _is_number(v) and v > 0, "give a positive number")
 EPS = Rule(lambda v: _is_number(v) and v >= 0, "give 0 or a small positive number")
 RATE = Rule(lambda v: _is_number(v) and 0 <= v <= 1, "give a probability, from 0 to 1")
@@ -119,6 +130,7 @@ FILLS = _or_none(Rule(callable, "give a function that fills a weight in place"))
 DTYPE = _or_none(
     Rule(lambda v: isinstance(v, torch.dtype) and v.is_floating_point, "give a floating-point dtype, as torch.bfloat16")
 )
+DEVICE = _or_none(Rule(_is_device, "give a device that is there, as 'cpu' or 'cuda:0'"))
 COLUMN = _one_of(None, "column")
 HEAD_DIMS = Rule(
     lambda v: COUNT.holds(v) or (isinstance(v, tuple | list) and len(v) == 2 and all(map(COUNT.holds, v))),
@@ -129,7 +141,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         ("hidden_size", "ffn_hidden_size", "num_attention_heads", "in_features", "out_features", "dim"), COUNT
     ),
-    **dict.fromkeys(("num_gqa_groups", "kv_channels"), _or_none(COUNT)),
+    **dict.fromkeys(("num_gqa_groups", "kv_channels"), COUNT_OR_NONE),
     **dict.fromkeys(("eps", "layernorm_epsilon", "qk_norm_eps"), EPS),
     **dict.fromkeys(("hidden_dropout", "attention_dropout"), RATE),
     "drop_path_rate": BELOW_ONE,
@@ -147,6 +159,15 @@ RULES: Mapping[str, Rule] = {
     ),
     **dict.fromkeys(("init_method", "output_layer_init_method"), FILLS),
     **dict.fromkeys(("params_dtype", "dtype"), DTYPE),
+    "device": DEVICE,
+    **dict.fromkeys(("bias", "return_bias", "return_layernorm_output", "input_layernorm", "output_layernorm"), BOOL),
+    **dict.fromkeys(("fuse_qkv_params", "qkv_weight_interleaved", "rotary_pos_interleaved", "interleaved"), BOOL),
+    **dict.fromkeys(("apply_residual_connection_post_layernorm", "parallel_attention_mlp"), BOOL),
+    **dict.fromkeys(("qk_norm_before_rope", "zero_centered_gamma", "return_max_logit"), BOOL),
+    **dict.fromkeys(("set_parallel_mode", "save_original_input", "checkpoint_core_attention"), BOOL),
+    **dict.fromkeys(("sequence_parallel", "bottom_right_diagonal", "enc_dec_bottom_right_diagonal"), _or_none(BOOL)),
+    "max_seq_len": COUNT,
+    "offset": FROM_ZERO,
     "rotary_percent": SHARE,
     "rotary_base": POSITIVE,
     **dict.fromkeys(("seq_len_interpolation_factor", "pretrained_max_position_embeddings"), _or_none(POSITIVE)),
