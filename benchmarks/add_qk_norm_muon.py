@@ -8,8 +8,16 @@ attention logit at the end.
 
     python benchmarks/add_qk_norm_muon.py --json benchmarks/results/add_qk_norm_muon.json \
         --picture docs/images/add-qk-norm-muon.png
+
+With --float16 as on hardware without bfloat16: weights fp32, everything that autocast makes a matrix product of in
+float16, the logits q·k (before their scale, as in transformers' eager attention) among them; norms, softmax and loss in
+fp32; GradScaler scales the loss, and skips steps whose gradients are not finite.
+
+    python benchmarks/add_qk_norm_muon.py --float16 --json benchmarks/results/add_qk_norm_float16.json \
+        --picture docs/images/add-qk-norm-float16.png
 """
 
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +45,8 @@ class Args:
     """How many times all of it."""
     steps: int = 200
     """Steps, 20 of them warmup."""
+    float16: bool = False
+    """Autocast to float16, with loss scaling; else fp32."""
     threads: int = 2
     """Threads of torch."""
     json: Path | None = None
@@ -45,25 +55,41 @@ class Args:
     """Where to draw them."""
 
 
-def train(model: Any, batches: Batches, steps: int, lr: float) -> list[float]:
+def in_precision(args: Args) -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.float16, enabled=args.float16)
+
+
+def train(args: Args, model: Any, batches: Batches, lr: float) -> list[float]:
     matrices = [p for name, p in model.named_parameters() if "_proj." in name]
     others = [p for name, p in model.named_parameters() if "_proj." not in name]
     optimizers = {
         lr: torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.0),
         0.002: torch.optim.AdamW(others, lr=0.002, betas=(0.9, 0.95), weight_decay=0.0),
     }
+    scaler = torch.amp.GradScaler("cpu", enabled=args.float16)
     losses = []
     model.train()
-    for step in range(steps):
-        loss = tiny.loss_of(model, batches(step))
-        loss.backward()
+    for step in range(args.steps):
+        with in_precision(args):
+            loss = tiny.loss_of(model, batches(step))
+        scaler.scale(loss).backward()
+        for optimizer in optimizers.values():
+            scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for usual, optimizer in optimizers.items():
             optimizer.param_groups[0]["lr"] = usual * min(1.0, (step + 1) / 20)
-            optimizer.step()
+            scaler.step(optimizer)
             optimizer.zero_grad()
+        scaler.update()
         losses.append(round(loss.item(), 4))
     return losses
+
+
+def nan_from(losses: list[float]) -> int | None:
+    """The step, from 1, from which on no loss is finite; None for a run whose last loss is."""
+    finite = [step for step, loss in enumerate(losses, 1) if math.isfinite(loss)]
+    last = finite[-1] if finite else 0
+    return None if last == len(losses) else last + 1
 
 
 def largest_logit(model: Any, batch: Any) -> float:
@@ -84,14 +110,28 @@ def one_seed(args: Args, seed: int, corpus: Any) -> dict[str, Any]:
     for lr in args.lrs:
         for arm in ARMS:
             model = tiny.make(shape, seed)
+            if args.float16:
+                model.set_attn_implementation("eager")
             if arm != "Llama":
                 hf.add_qk_norm(model, "rms")
-            losses = train(model, batches, args.steps, lr)
-            end, logit = tiny.validate(model, held_out), largest_logit(model, held_out[0])
-            smooth = [statistics.fmean(losses[i : i + 10]) for i in range(len(losses) - 9)]
-            rise = max(x - min(smooth[: i + 1]) for i, x in enumerate(smooth))
-            runs.setdefault(arm, {})[str(lr)] = {"losses": losses, "rise": rise, "end": end, "logit": logit}
-            print(f"seed {seed}  lr {lr:<5g} {arm:13s} rise {rise:.3f}  end {end:.3f}  logit {logit:.0f}", flush=True)
+            losses = train(args, model, batches, lr)
+            with in_precision(args):
+                end = tiny.validate(model, held_out)
+            logit, nan = largest_logit(model, held_out[0]), nan_from(losses)
+            finite = losses if nan is None else losses[: nan - 1]
+            smooth = [statistics.fmean(finite[i : i + 10]) for i in range(len(finite) - 9)]
+            rise = max((x - min(smooth[: i + 1]) for i, x in enumerate(smooth)), default=math.nan)
+            runs.setdefault(arm, {})[str(lr)] = {
+                "losses": [loss if math.isfinite(loss) else None for loss in losses],
+                "rise": rise if math.isfinite(rise) else None,
+                "end": end if math.isfinite(end) else None,
+                "logit": logit,
+                "nan_from": nan,
+            }
+            print(
+                f"seed {seed}  lr {lr:<5g} {arm:13s} rise {rise:.3f}  end {end:.3f}  logit {logit:.0f}  NaN from {nan}",
+                flush=True,
+            )
     return runs
 
 

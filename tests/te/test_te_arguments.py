@@ -113,7 +113,7 @@ WRONG = [
     (ATTENTIONS, "attention_dropout", (2.0,), "probability"),
     (("TransformerLayer",), "drop_path_rate", (2.0, 1.0, -1.0), "from 0 to below 1"),
     (ATTENTIONS, "softmax_scale", (0.0, -1.0, NAN, INF, "x"), "positive"),
-    (ATTENTIONS, "window_size", (4, (1,), (-2, 0), (1.0, 0)), "left, right"),
+    (ATTENTIONS, "window_size", (4, (1,), (-2, 0), (1.0, 0), (True, 0)), "left, right"),
     (("TransformerLayer",), "enc_dec_window_size", (4,), "left, right"),
     (ATTENTIONS[::2], "attn_mask_type", ("cusal", None, 3), "choose from 'no_mask'"),
     (("TransformerLayer",), "self_attn_mask_type", ("cusal",), "choose from 'no_mask'"),
@@ -129,7 +129,7 @@ WRONG = [
     (("TransformerLayer", "LayerNormMLP"), "activation", ("clamped_swiglu",), "choose from 'gelu'"),
     (("Linear",), "parallel_mode", ("both",), "None, 'column', 'row'"),
     (("LayerNormLinear",), "parallel_mode", ("row",), "None, 'column'"),
-    (LINEARS, "parameters_split", ("query", {"a": 0}, (), ("a", "a")), "give different names"),
+    (LINEARS, "parameters_split", ("query", {"a": 0}, (), ("a", "a"), ("a", "a_"), ("a.b",)), "give different names"),
     (("MultiheadAttention", "TransformerLayer", "Linear"), "init_method", ("normal",), "fills a weight"),
     (("MultiheadAttention", "TransformerLayer", "LayerNormMLP"), "output_layer_init_method", (0.02,), "fills a weight"),
     (WITH_WEIGHTS, "params_dtype", (torch.int64, "bf16"), "dtype"),
@@ -266,6 +266,9 @@ ENDS = torch.tensor([0, 3, 7])
             {"encoder_output": ENCODER, "attention_mask": torch.zeros(2, 1, 1, 4).bool()},
             r"padding mask of the keys .*\[B, 1, 1, 5\]",
         ),
+        ({}, X.to("meta"), {}, "Linear has parameters on cpu and got inp on meta; move one"),
+        ({}, X, {"rotary_pos_emb": torch.zeros(4, 1, 1, 8, device="meta")}, "rotary_pos_emb on meta and input on cpu"),
+        (PADDING, X, {"attention_mask": torch.zeros(2, 1, 1, 4, device="meta").bool()}, "mask on meta and input on"),
         ({"attn_mask_type": "arbitrary"}, X, {}, "attention_mask None of NoneType; give bool, broadcastable to"),
         ({}, X, {"attn_mask_type": "arbitrary", "attention_mask": torch.zeros(3, 1, 4, 4).bool()}, r"\[2, 2, 4, 4\]"),
         ({}, X, {"attn_mask_type": "arbitrary", "attention_mask": X[None, None, None] > 0}, "broadcastable"),
@@ -421,3 +424,6 @@ def test_other_errors():
         te.TransformerLayer(16, 16, 2, layer_type="decoder", qk_norm_type=nsphere.RMSNorm(8), device="cpu")
     with pytest.raises(TypeError, match="floating-point"):
         te.L2Normalization()(torch.ones(3, dtype=torch.int64))
+    for norm in (te.L2Normalization(), te.RMSNorm(1), te.LayerNorm(1)):
+        with pytest.raises(TypeError, match="Norm.* got list; give it a floating-point tensor"):
+            norm([1.0])

@@ -96,15 +96,20 @@ def _is_number(value: Any) -> bool:
 
 def _is_window(value: Any) -> bool:
     pair = isinstance(value, tuple | list) and len(value) == 2
-    return pair and all(isinstance(side, int) and side >= -1 for side in value)
+    return pair and all(_is_whole(side) and side >= -1 for side in value)
 
 
 def _is_split(value: Any) -> bool:
     if not isinstance(value, tuple | list | Mapping) or not value:
         return False
     sizes = value.values() if isinstance(value, Mapping) else ()
-    named = all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
-    return named and all(_is_whole(size) and size > 0 for size in sizes)
+    named = all(isinstance(name, str) and name.rstrip("_") and "." not in name for name in value)
+    # "query_" and "query" both name query_weight
+    return (
+        named
+        and len({name.rstrip("_") for name in value}) == len(value)
+        and all(_is_whole(size) and size > 0 for size in sizes)
+    )
 
 
 def _is_device(value: Any) -> bool:
@@ -217,8 +222,8 @@ def mask_type(name: str) -> str:
     return "padding_causal" if name == "causal_padding" else name
 
 
-def check_features(owner: str, name: str, x: Any, width: int, dtype: torch.dtype | None = None) -> None:
-    """Raise ValueError unless x is a floating-point tensor [..., width], of the parameters' dtype where it is given.
+def check_features(owner: str, name: str, x: Any, width: int, weight: Tensor | None = None) -> None:
+    """Raise ValueError unless x is a floating-point tensor [..., width], of the weight's dtype and device if given.
 
     Under autocast any dtype will do.
     """
@@ -228,10 +233,14 @@ def check_features(owner: str, name: str, x: Any, width: int, dtype: torch.dtype
         raise ValueError(
             f"{owner} takes {name} [..., {width}] and got {_shown(x)}; give that width, or build it for another"
         )
-    if dtype is not None and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight is None:
+        return
+    if x.device != weight.device:
+        raise ValueError(f"{owner} has parameters on {weight.device} and got {name} on {x.device}; move one")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(
-            f"{owner} has parameters of {dtype} and got {x.dtype}; cast the input, give params_dtype={x.dtype}, or use "
-            "torch.autocast"
+            f"{owner} has parameters of {weight.dtype} and got {x.dtype}; cast the input, give params_dtype={x.dtype}, "
+            "or use torch.autocast"
         )
 
 
@@ -298,6 +307,9 @@ def check_masks(
         heads: H.
     """
     (B, T), (_, S) = _batch_and_length(layout, q), _batch_and_length(layout, k)
+    for mask in attention_mask if isinstance(attention_mask, tuple | list) else (attention_mask,):
+        if isinstance(mask, Tensor) and mask.device != q.device and ("padding" in kind or kind == "arbitrary"):
+            raise ValueError(f"{owner} got attention_mask on {mask.device} and input on {q.device}; move one")
     _check_ends(owner, layout, {name: given for name, given in ends.items() if given is not None}, B, (T, S))
     given = ends["cu_seqlens_q"] is not None
     if layout == "thd":
@@ -392,6 +404,8 @@ def check_rotary(owner: str, layout: str, rotary: Any, head_dim: int, q: Tensor,
                 f"{owner} got rotary_pos_emb that turns {table.shape[3]} dims of {head_dim}; give an even number, at "
                 "most those"
             )
+        if table.device != q.device:
+            raise ValueError(f"{owner} got rotary_pos_emb on {table.device} and input on {q.device}; move one")
     if tables[0].shape[3] != tables[1].shape[3]:
         raise ValueError(
             f"{owner} got rotary_pos_emb that turns {tables[0].shape[3]} dims of q and {tables[1].shape[3]} of k; give "

@@ -28,9 +28,11 @@ class L2Normalization(TEModule, StatisticNorm):
         self.eps = eps
 
     def check_input(self, x: Tensor) -> None:
-        """Raises TypeError for integers."""
-        if not x.is_floating_point():
-            raise TypeError(f"L2Normalization got {x.dtype}; give it a floating-point tensor")
+        """Raises TypeError for integers, and what is no tensor."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(
+                f"L2Normalization got {getattr(x, 'dtype', type(x).__name__)}; give it a floating-point tensor"
+            )
 
 
 class RMSNorm(TEModule, norms.RMSNorm):
