@@ -97,11 +97,17 @@ def train(args: Args, model: Any, batches: Batches, lr: float) -> list[float]:
     return losses
 
 
-def nan_from(losses: list[float]) -> int | None:
-    """The step, from 1, from which on no loss is finite; None for a run whose last loss is."""
-    finite = [step for step, loss in enumerate(losses, 1) if math.isfinite(loss)]
-    last = finite[-1] if finite else 0
-    return None if last == len(losses) else last + 1
+def summary(losses: list[float]) -> dict[str, Any]:
+    """The losses, None where one is not finite; the first such step, from 1; how many; the largest rise before it."""
+    lost = [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]
+    before = losses[: lost[0] - 1] if lost else losses
+    smooth = [statistics.fmean(before[i : i + 10]) for i in range(len(before) - 9)]
+    return {
+        "losses": [loss if math.isfinite(loss) else None for loss in losses],
+        "rise": max(x - min(smooth[: i + 1]) for i, x in enumerate(smooth)),
+        "first_nan": lost[0] if lost else None,
+        "nans": len(lost),
+    }
 
 
 def largest_logit(model: Any, batch: Any) -> float:
@@ -129,19 +135,15 @@ def one_seed(args: Args, seed: int, corpus: Any) -> dict[str, Any]:
             losses = train(args, model, batches, lr)
             with in_precision(args):
                 end = tiny.validate(model, held_out)
-            logit, nan = largest_logit(model, held_out[0]), nan_from(losses)
-            finite = losses if nan is None else losses[: nan - 1]
-            smooth = [statistics.fmean(finite[i : i + 10]) for i in range(len(finite) - 9)]
-            rise = max((x - min(smooth[: i + 1]) for i, x in enumerate(smooth)), default=math.nan)
-            runs.setdefault(arm, {})[str(lr)] = {
-                "losses": [loss if math.isfinite(loss) else None for loss in losses],
-                "rise": rise if math.isfinite(rise) else None,
+            run = summary(losses)
+            run |= {
                 "end": end if math.isfinite(end) else None,
-                "logit": logit,
-                "nan_from": nan,
+                "logit": largest_logit(model, held_out[0]),
             }
+            runs.setdefault(arm, {})[str(lr)] = run
             print(
-                f"seed {seed}  lr {lr:<5g} {arm:13s} rise {rise:.3f}  end {end:.3f}  logit {logit:.0f}  NaN from {nan}",
+                f"seed {seed}  lr {lr:<5g} {arm:13s} rise {run['rise']:.3f}  end {end:.3f}  logit {run['logit']:.0f}  "
+                f"NaN {run['nans']} times, from step {run['first_nan']}",
                 flush=True,
             )
     return runs
@@ -156,18 +158,21 @@ def draw(results: list[dict[str, Any]], args: Args, path: Path) -> None:
     figure, axes = plt.subplots(1, len(args.lrs), figsize=(3.2 * len(args.lrs), 3.0), sharey=True)
     for axis, lr in zip(axes, args.lrs, strict=True):
         for arm, colour in zip(ARMS, ("#b3432b", "#1f5fa8"), strict=True):
+            lost = []
             for i, runs in enumerate(results):
-                nan = runs[arm][str(lr)]["nan_from"]
+                nan = runs[arm][str(lr)]["first_nan"]
                 losses = runs[arm][str(lr)]["losses"][: None if nan is None else nan - 1]
                 smooth = [statistics.fmean(losses[i : i + 10]) for i in range(len(losses) - 9)]
                 steps = range(10, len(losses) + 1)
                 axis.plot(steps, smooth, color=colour, lw=0.9, alpha=0.85, label=arm if i == 0 else None)
                 if nan is not None:
                     axis.plot(steps[-1:], smooth[-1:], "x", color=colour, ms=7, mew=1.8)
-                    axis.annotate(
-                        f"NaN from step {nan}", (steps[-1], smooth[-1]), xytext=(6, 8 - 14 * i),
-                        textcoords="offset points", fontsize=8, color=colour,
-                    )  # fmt: skip
+                    lost.append((nan, smooth[-1]))
+            if lost:
+                axis.annotate(
+                    f"NaN from steps {', '.join(str(nan) for nan, _ in lost)}", max(lost), xytext=(10, 2),
+                    textcoords="offset points", fontsize=8, color=colour,
+                )  # fmt: skip
         axis.set_title(f"Muon, learning rate {lr:g}", fontsize=10)
         axis.set_xlabel("steps")
         axis.grid(alpha=0.25)
@@ -195,8 +200,10 @@ def main(args: Args) -> None:
             for key in ("rise", "end"):
                 rows[-1].append(" ".join("NaN" if run[key] is None else f"{run[key]:.3f}" for run in runs))
             rows[-1].append(" ".join(f"{run['logit']:.0f}" for run in runs))
-            rows[-1].append(" ".join("never" if run["nan_from"] is None else f"{run['nan_from']}" for run in runs))
-    header = ["lr", "arm", "largest rise", "end: val loss", "largest logit", "NaN from step"]
+            rows[-1].append(
+                ", ".join(f"{run['nans']} from step {run['first_nan']}" if run["nans"] else "0" for run in runs)
+            )
+    header = ["lr", "arm", "largest rise", "end: val loss", "largest logit", "losses of NaN"]
     harness.finish(
         "QK-norm under Muon, from scratch",
         header,
