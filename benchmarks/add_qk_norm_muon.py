@@ -8,17 +8,29 @@ attention logit at the end.
 
     python benchmarks/add_qk_norm_muon.py --json benchmarks/results/add_qk_norm_muon.json \
         --picture docs/images/add-qk-norm-muon.png
+
+With --float16 attention the attention of transformers, eager, gets q, k and v in float16, so that q·k, before it is
+scaled, is in float16, and the softmax, as there, in fp32; all else is fp32. With --float16 autocast every matrix
+product is in float16, as torch's autocast has it. Weights are fp32, GradScaler scales the loss and skips steps whose
+gradients are not finite.
+
+    python benchmarks/add_qk_norm_muon.py --float16 attention --lrs 0.3 1 2 \
+        --json benchmarks/results/add_qk_norm_float16.json --picture docs/images/add-qk-norm-float16.png
 """
 
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import add_qk_norm as tiny
 import harness
 import torch
 import tyro
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from nsphere import hf
 from nsphere.train.batches import Batches, val_batches
@@ -37,6 +49,8 @@ class Args:
     """How many times all of it."""
     steps: int = 200
     """Steps, 20 of them warmup."""
+    float16: Literal["attention", "autocast"] | None = None
+    """What is in float16; by default nothing."""
     threads: int = 2
     """Threads of torch."""
     json: Path | None = None
@@ -45,25 +59,55 @@ class Args:
     """Where to draw them."""
 
 
-def train(model: Any, batches: Batches, steps: int, lr: float) -> list[float]:
+def in_precision(args: Args) -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.float16, enabled=args.float16 == "autocast")
+
+
+def attend_in_float16(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+    """Transformers' eager attention on q, k and v rounded to float16."""
+    q, k, v = (x.half() for x in (q, k, v))
+    mask = mask.clamp(min=torch.finfo(torch.float16).min).half()  # as of a model in float16
+    y, weights = eager_attention_forward(module, q, k, v, mask, **kwargs)
+    return y.to(module.o_proj.weight.dtype), weights
+
+
+def train(args: Args, model: Any, batches: Batches, lr: float) -> list[float]:
     matrices = [p for name, p in model.named_parameters() if "_proj." in name]
     others = [p for name, p in model.named_parameters() if "_proj." not in name]
     optimizers = {
         lr: torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.0),
         0.002: torch.optim.AdamW(others, lr=0.002, betas=(0.9, 0.95), weight_decay=0.0),
     }
+    scaler = torch.amp.GradScaler("cpu", enabled=args.float16 is not None)
     losses = []
     model.train()
-    for step in range(steps):
-        loss = tiny.loss_of(model, batches(step))
-        loss.backward()
+    for step in range(args.steps):
+        with in_precision(args):
+            loss = tiny.loss_of(model, batches(step))
+        scaler.scale(loss).backward()
+        for optimizer in optimizers.values():
+            scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for usual, optimizer in optimizers.items():
             optimizer.param_groups[0]["lr"] = usual * min(1.0, (step + 1) / 20)
-            optimizer.step()
+            scaler.step(optimizer)
             optimizer.zero_grad()
+        scaler.update()
         losses.append(round(loss.item(), 4))
     return losses
+
+
+def summary(losses: list[float]) -> dict[str, Any]:
+    """The losses, None where one is not finite; the first such step, from 1; how many; the largest rise before it."""
+    lost = [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]
+    before = losses[: lost[0] - 1] if lost else losses
+    smooth = [statistics.fmean(before[i : i + 10]) for i in range(len(before) - 9)]
+    return {
+        "losses": [loss if math.isfinite(loss) else None for loss in losses],
+        "rise": max(x - min(smooth[: i + 1]) for i, x in enumerate(smooth)),
+        "first_nan": lost[0] if lost else None,
+        "nans": len(lost),
+    }
 
 
 def largest_logit(model: Any, batch: Any) -> float:
@@ -84,14 +128,24 @@ def one_seed(args: Args, seed: int, corpus: Any) -> dict[str, Any]:
     for lr in args.lrs:
         for arm in ARMS:
             model = tiny.make(shape, seed)
+            if args.float16 is not None:
+                model.set_attn_implementation("eager" if args.float16 == "autocast" else "eager_float16")
             if arm != "Llama":
                 hf.add_qk_norm(model, "rms")
-            losses = train(model, batches, args.steps, lr)
-            end, logit = tiny.validate(model, held_out), largest_logit(model, held_out[0])
-            smooth = [statistics.fmean(losses[i : i + 10]) for i in range(len(losses) - 9)]
-            rise = max(x - min(smooth[: i + 1]) for i, x in enumerate(smooth))
-            runs.setdefault(arm, {})[str(lr)] = {"losses": losses, "rise": rise, "end": end, "logit": logit}
-            print(f"seed {seed}  lr {lr:<5g} {arm:13s} rise {rise:.3f}  end {end:.3f}  logit {logit:.0f}", flush=True)
+            losses = train(args, model, batches, lr)
+            with in_precision(args):
+                end = tiny.validate(model, held_out)
+            run = summary(losses)
+            run |= {
+                "end": end if math.isfinite(end) else None,
+                "logit": largest_logit(model, held_out[0]),
+            }
+            runs.setdefault(arm, {})[str(lr)] = run
+            print(
+                f"seed {seed}  lr {lr:<5g} {arm:13s} rise {run['rise']:.3f}  end {end:.3f}  logit {run['logit']:.0f}  "
+                f"NaN {run['nans']} times, from step {run['first_nan']}",
+                flush=True,
+            )
     return runs
 
 
@@ -104,12 +158,21 @@ def draw(results: list[dict[str, Any]], args: Args, path: Path) -> None:
     figure, axes = plt.subplots(1, len(args.lrs), figsize=(3.2 * len(args.lrs), 3.0), sharey=True)
     for axis, lr in zip(axes, args.lrs, strict=True):
         for arm, colour in zip(ARMS, ("#b3432b", "#1f5fa8"), strict=True):
+            lost = []
             for i, runs in enumerate(results):
-                losses = runs[arm][str(lr)]["losses"]
+                nan = runs[arm][str(lr)]["first_nan"]
+                losses = runs[arm][str(lr)]["losses"][: None if nan is None else nan - 1]
                 smooth = [statistics.fmean(losses[i : i + 10]) for i in range(len(losses) - 9)]
-                axis.plot(
-                    range(10, len(losses) + 1), smooth, color=colour, lw=0.9, alpha=0.85, label=arm if i == 0 else None
-                )
+                steps = range(10, len(losses) + 1)
+                axis.plot(steps, smooth, color=colour, lw=0.9, alpha=0.85, label=arm if i == 0 else None)
+                if nan is not None:
+                    axis.plot(steps[-1:], smooth[-1:], "x", color=colour, ms=7, mew=1.8)
+                    lost.append((nan, smooth[-1]))
+            if lost:
+                axis.annotate(
+                    f"NaN from steps {', '.join(str(nan) for nan, _ in lost)}", max(lost), xytext=(10, 2),
+                    textcoords="offset points", fontsize=8, color=colour,
+                )  # fmt: skip
         axis.set_title(f"Muon, learning rate {lr:g}", fontsize=10)
         axis.set_xlabel("steps")
         axis.grid(alpha=0.25)
@@ -124,6 +187,8 @@ def draw(results: list[dict[str, Any]], args: Args, path: Path) -> None:
 
 
 def main(args: Args) -> None:
+    AttentionInterface.register("eager_float16", attend_in_float16)
+    AttentionMaskInterface.register("eager_float16", eager_mask)
     torch.set_num_threads(args.threads)
     corpus = load_corpus(DataConfig())
     results = [one_seed(args, seed, corpus) for seed in range(args.seeds)]
@@ -131,9 +196,14 @@ def main(args: Args) -> None:
     for lr in args.lrs:
         for arm in ARMS:
             runs = [r[arm][str(lr)] for r in results]
-            rows.append([f"{lr:g}", arm] + [" ".join(f"{run[key]:.3f}" for run in runs) for key in ("rise", "end")])
+            rows.append([f"{lr:g}", arm])
+            for key in ("rise", "end"):
+                rows[-1].append(" ".join("NaN" if run[key] is None else f"{run[key]:.3f}" for run in runs))
             rows[-1].append(" ".join(f"{run['logit']:.0f}" for run in runs))
-    header = ["lr", "arm", "largest rise", "end: val loss", "largest logit"]
+            rows[-1].append(
+                ", ".join(f"{run['nans']} from step {run['first_nan']}" if run["nans"] else "0" for run in runs)
+            )
+    header = ["lr", "arm", "largest rise", "end: val loss", "largest logit", "losses of NaN"]
     harness.finish(
         "QK-norm under Muon, from scratch",
         header,

@@ -268,6 +268,8 @@ def test_ways_to_ask_for_a_norm():
         (lambda: norms.StatisticNorm(D, norms.NormSpec("l1", 0.0)), "got statistic='l1'; choose from 'l2', 'rms'"),
         (lambda: RMSNorm(D, weight_cast="late"), "got weight_cast='late'"),
         (lambda: RMSNorm(D, eps=-1.0), "got eps=-1.0"),
+        (lambda: RMSNorm(D, eps=float("nan")), "got eps=nan"),
+        (lambda: RMSNorm(D, eps="small"), "got eps='small'"),
         (lambda: RMSNorm(D, weight="none", bias=True), 'got bias=True with weight="none"'),
         (lambda: L2Norm(D, eps=1.0, weight_cast="torch"), "choose that, or another weight_cast"),
         (lambda: RMSNorm(D)(torch.zeros(2, D + 1)), f"build it with dim={D + 1}"),

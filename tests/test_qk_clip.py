@@ -91,6 +91,37 @@ def test_attention_with_max_logits(kind, K):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_not_finite_is_not_hidden():
+    q, k = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4)
+    q[0, 0, 1] = math.nan
+    blind = torch.ones(3, 3).tril().bool()
+    blind[2] = False
+    for kwargs in ({"is_causal": True}, {"mask": blind}):
+        y, _ = attention_with_max_logits(q, k, k, **kwargs)
+        assert y[0, 0, 1].isnan().all() and y[0, 0, [0, 2]].isfinite().all()
+    assert (y[0, 0, 2] == 0).all()
+
+
+def test_a_query_that_sees_nothing_has_no_gradient():
+    q, k = (torch.randn(1, 1, 3, 4, requires_grad=True) for _ in range(2))
+    added = torch.zeros(3, 3)
+    added[1] = -math.inf
+    y, largest = attention_with_max_logits(q, k, k, mask=added)
+    gradients = torch.autograd.grad(y.sum(), (q, k))
+    assert (y[0, 0, 1] == 0).all() and (gradients[0][0, 0, 1] == 0).all()
+    assert largest.isfinite().all() and all(g.isfinite().all() for g in gradients)
+    rows = q[:, :, [0, 2]]
+    torch.testing.assert_close(y[:, :, [0, 2]], F.scaled_dot_product_attention(rows, k, k))
+
+
+def test_attention_in_double_precision_is_not_rounded_to_single():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.float64) for _ in range(3))
+    y, largest = attention_with_max_logits(q, k, v)
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v), rtol=1e-13, atol=1e-13)
+    assert largest.dtype == torch.float32
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention reports maxima on CUDA alone")
 @pytest.mark.parametrize("K", [4, 2])
@@ -421,11 +452,21 @@ def test_what_it_refuses():
         QKClip(NGPT(NGPTConfig(vocab_size=13, context=8, d_model=16, num_layers=1, num_heads=2, qk_norm=False)))
     with pytest.raises(ValueError, match="a transformers model, got Linear"):
         hf.report_max_logits(nn.Linear(2, 2))
-    for threshold in (0.0, -1.0, math.inf, math.nan, "100"):
+    for threshold in (0.0, -1.0, math.inf, math.nan, "100", True, None):
         with pytest.raises(ValueError, match="positive number"):
             QKClip(tiny_gpt(), threshold)
-    with pytest.raises(ValueError, match="from 0 to 1"):
-        QKClip(tiny_gpt(), alpha=2.0)
+        with pytest.raises(ValueError, match="positive number"):
+            clip_factors(torch.ones(4), threshold)
+    for alpha in (2.0, -0.1, math.nan, "half", None):
+        with pytest.raises(ValueError, match="alpha must be from 0 to 1"):
+            QKClip(tiny_gpt(), alpha=alpha)
+        with pytest.raises(ValueError, match="alpha must be from 0 to 1"):
+            clip_factors(torch.ones(4), 1.0, alpha=alpha)
+    with pytest.raises(ValueError, match="QKClip takes a model, got NoneType"):
+        QKClip(None)
+    for logits, heads in (([4.0, 5.0], None), (torch.ones(4), 3), (torch.ones(2, 2), None)):
+        with pytest.raises(ValueError, match=r"give a tensor \[H\] and a divisor of H"):
+            clip_factors(logits, 1.0, heads)
 
 
 def test_an_attention_of_ones_own():

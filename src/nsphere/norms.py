@@ -185,9 +185,11 @@ class StatisticNorm(Norm):
         return self._affine(y.to(x.dtype), weight_dtype)
 
     def check_input(self, x: Tensor) -> None:
-        """Raises ValueError for another width or head count, TypeError for integers."""
-        if not x.is_floating_point():
-            raise TypeError(f"{type(self).__name__} got {x.dtype}; give it a floating-point tensor")
+        """Raises ValueError for another width or head count, TypeError for integers, and what is no tensor."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(
+                f"{type(self).__name__} got {getattr(x, 'dtype', type(x).__name__)}; give it a floating-point tensor"
+            )
         if x.shape[-1] != self.dim:
             raise ValueError(
                 f"{type(self).__name__} normalises a last dimension of {self.dim} and got {tuple(x.shape)}; "
@@ -465,8 +467,8 @@ def _check_choices(owner: str, spec: NormSpec) -> None:
             f'{owner} got eps_place={spec.eps_place!r} with weight_cast="torch", whose function has it '
             f'"{torch_place}"; choose that, or another weight_cast'
         )
-    if spec.eps is not None and spec.eps < 0:
-        raise ValueError(f"{owner} got eps={spec.eps}; give 0 or a small positive number")
+    if spec.eps is not None and not (isinstance(spec.eps, int | float) and spec.eps >= 0):
+        raise ValueError(f"{owner} got eps={spec.eps!r}; give 0 or a small positive number")
 
 
 def _weight_shape(owner: str, dim: int, weight: WeightShape, num_heads: int | None) -> tuple[int, ...] | None:

@@ -46,7 +46,17 @@ def clip_factors(
 
     Returns:
         "whole" γ [H], "q" [H] and "k" κ [K], fp32, all in (0, 1].
+
+    Raises:
+        ValueError: for numbers that can't be.
     """
+    check_threshold("threshold", threshold)
+    _check_alpha(alpha)
+    if not isinstance(max_logits, Tensor) or max_logits.dim() != 1 or len(max_logits) % (num_kv_heads or 1):
+        shown = tuple(max_logits.shape) if isinstance(max_logits, Tensor) else type(max_logits).__name__
+        raise ValueError(
+            f"clip_factors got max_logits {shown} and num_kv_heads={num_kv_heads}; give a tensor [H] and a divisor of H"
+        )
     max_logits = max_logits.float()
     above = torch.isfinite(max_logits) & (max_logits > threshold)
     gamma = torch.where(above, threshold / max_logits, 1.0)
@@ -106,8 +116,9 @@ class QKClip:
 
     def __init__(self, model: nn.Module, threshold: float = 100.0, *, alpha: float = 0.5, group: Any = None) -> None:
         check_threshold("threshold", threshold)
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be from 0 to 1, got {alpha}; ½ shares the clip between q and k")
+        _check_alpha(alpha)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"QKClip takes a model, got {type(model).__name__}")
         self.threshold, self.alpha, self.group = threshold, alpha, group
         self.attentions: dict[str, nn.Module] = {
             name: module for name, module in model.named_modules() if next(_rows(module), None) is not None
@@ -160,8 +171,17 @@ class QKClip:
 
 def check_threshold(name: str, threshold: Any) -> None:
     """Raises ValueError for a threshold that is no positive number; name is what the user calls it."""
-    if not isinstance(threshold, int | float) or not 0 < threshold < float("inf"):
+    if not _is_number(threshold) or not 0 < threshold < float("inf"):
         raise ValueError(f"{name} must be a positive number, got {threshold!r}; Kimi K2's is 100")
+
+
+def _check_alpha(alpha: Any) -> None:
+    if not _is_number(alpha) or not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}; ½ shares the clip between q and k")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _rows(module: Any) -> Iterator[HeadRows]:

@@ -257,6 +257,39 @@ def test_softmax_scales():
     assert attention.scaling == 0.25
 
 
+def test_a_multiplier_reaches_layers_without_rope_too(tmp_path):
+    model = model_of("smollm3")  # of its two layers the second does not turn
+    hf.add_qk_norm(model, "rms", weight="shared", multiplier=3.0, eps=0.0)
+    lengths = []
+    for attention in (layer.self_attn for layer in model.model.layers):
+        sides = attention.q_proj(torch.randn(1, 5, 64)), attention.k_proj(torch.randn(1, 5, 64))
+        q, k = (x.unflatten(-1, (-1, 16)).transpose(1, 2) for x in sides)
+        tables = None if wiring_of(attention).qk_norm.rope is None else (torch.ones(5, 16), torch.zeros(5, 16))
+        q, k = wiring_of(attention)(q, k, tables)
+        lengths.append([x.norm(dim=-1).mean().item() for x in (q, k)])
+    assert [wiring_of(layer.self_attn).qk_norm.rope is None for layer in model.model.layers] == [False, True]
+    for length in lengths:
+        assert length == pytest.approx([12.0, 4.0], rel=1e-4)  # 3·√16, and √16
+
+
+def test_an_error_while_it_is_put_in_leaves_the_model_as_it_was():
+    model = llama()
+    before, keys = logits(model), list(model.state_dict())
+    last = model.model.layers[1].self_attn
+    last.scaling = torch.tensor(last.scaling)  # as an attention that computes its scale
+    with pytest.raises(ValueError, match="LlamaAttention has no softmax scale that can be set; leave softmax_scale"):
+        hf.add_qk_norm(model, "l2", freeze=True)
+    assert list(model.state_dict()) == keys and torch.equal(logits(model), before)
+    assert attention_names(model) == [] and all(p.requires_grad for p in model.parameters())
+    assert model.model.layers[0].self_attn.scaling == 0.25
+
+
+def test_calibration_takes_any_keywords_of_a_call():
+    hf.add_qk_norm(model := llama(), calibrate={**CALIBRATION, "use_cache": False})
+    hf.add_qk_norm(other := llama(), calibrate=CALIBRATION)
+    assert torch.equal(logits(model), logits(other))
+
+
 def test_a_norm_of_ones_own(tmp_path):
     if "hf_max" not in norms.norm_names():
         register_norm("hf_max")(lambda x: x / x.abs().amax(-1, keepdim=True))
@@ -289,7 +322,15 @@ def test_refusals_leave_the_model_as_it_was():
         "give numbers, strings and truth values": {"multiplier": torch.ones(3)},
         'place is "before" or "after"; got \'middle\'': {"place": "middle"},
         "calibrate holds no batch": {"calibrate": []},
-        "LlamaForCausalLM did not run on the inputs given": {"calibrate": {"ids": 3}},
+        r"LlamaForCausalLM did not run on the inputs given .*; give calibrate=\{": {"calibrate": {"ids": 3}},
+        "calibrate got Tensor; give keywords of one call": {"calibrate": token_ids()},
+        "calibrate got int; give keywords of one call": {"calibrate": 3},
+        "softmax_scale='own'; give a positive number": {"softmax_scale": "own"},
+        "softmax_scale=0; give a positive number": {"softmax_scale": 0},
+        "softmax_scale=True; give a positive number": {"softmax_scale": True},
+        "freeze='no'; give True or False": {"freeze": "no"},
+        "add_qk_norm got head_dim, rope, which it reads from the model": {"head_dim": 3, "rope": None},
+        "RMSNorm got eps='x'; give 0 or a small": {"eps": "x"},
         "over=5 does not divide": {"over": 5},
         "calibrate sets the weights of a built-in norm": {"weight": "none", "calibrate": CALIBRATION},
     }.items():
@@ -311,6 +352,9 @@ def test_refusals_leave_the_model_as_it_was():
         hf.add_qk_norm(make("DeepseekV3Config", "DeepseekV3ForCausalLM", {"first_k_dense_replace": 2}))
     with pytest.raises(ValueError, match="Linear holds no attention of transformers"):
         hf.add_qk_norm(nn.Linear(2, 2))
+    for function in (hf.add_qk_norm, hf.remove_qk_norm, hf.fuse, hf.unfuse):
+        with pytest.raises(ValueError, match=f"{function.__name__} takes a transformers model, got NoneType"):
+            function(None)
 
 
 def test_a_model_saved_without_is_not_loaded(tmp_path):

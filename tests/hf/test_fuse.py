@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -290,8 +291,18 @@ def test_what_is_not_certain_is_left_as_it_is():
     assert type(attention(model)).__name__ == "Qwen3Attention" and wiring_of(attention(model)) is None
     hf.unfuse(model)
     assert torch.equal(logits(model), before)
-    # accelerate's way of putting itself in between
+
+    # nor may an error of an unusual kind leave one half done
+    def fails(*args, **kwargs):
+        raise IndexError("no such kernel")
+
     del attention(model).q_norm.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["nsphere.hf.fuse"], "_run", fails)
+        with pytest.raises(ValueError, match="the check failed: IndexError: no such kernel"):
+            hf.fuse(model)
+    assert all(wiring_of(layer.self_attn) is None for layer in model.model.layers)
+    # accelerate's way of putting itself in between
     attention(model).forward = attention(model).forward
     assert "its forward has been replaced" in hf.fuse(model).left[LAYER]
 

@@ -97,6 +97,7 @@ def test_a_hint_is_taken():
 ATTENTIONS = ("MultiheadAttention", "TransformerLayer", "DotProductAttention")
 LINEARS = ("Linear", "LayerNormLinear")
 WITH_WEIGHTS = tuple(cls.__name__ for cls in MODULES if cls is not te.DotProductAttention)
+NORMS = ("RMSNorm", "LayerNorm")
 # (modules that take it, by name; the argument; values it can't have; what the message advises)
 WRONG = [
     (ATTENTIONS[:2], "num_attention_heads", (0, -2, 2.0, True, None), "at least 1"),
@@ -112,7 +113,7 @@ WRONG = [
     (ATTENTIONS, "attention_dropout", (2.0,), "probability"),
     (("TransformerLayer",), "drop_path_rate", (2.0, 1.0, -1.0), "from 0 to below 1"),
     (ATTENTIONS, "softmax_scale", (0.0, -1.0, NAN, INF, "x"), "positive"),
-    (ATTENTIONS, "window_size", (4, (1,), (-2, 0), (1.0, 0)), "left, right"),
+    (ATTENTIONS, "window_size", (4, (1,), (-2, 0), (1.0, 0), (True, 0)), "left, right"),
     (("TransformerLayer",), "enc_dec_window_size", (4,), "left, right"),
     (ATTENTIONS[::2], "attn_mask_type", ("cusal", None, 3), "choose from 'no_mask'"),
     (("TransformerLayer",), "self_attn_mask_type", ("cusal",), "choose from 'no_mask'"),
@@ -128,7 +129,7 @@ WRONG = [
     (("TransformerLayer", "LayerNormMLP"), "activation", ("clamped_swiglu",), "choose from 'gelu'"),
     (("Linear",), "parallel_mode", ("both",), "None, 'column', 'row'"),
     (("LayerNormLinear",), "parallel_mode", ("row",), "None, 'column'"),
-    (LINEARS, "parameters_split", ("query", {"a": 0}, (), ("a", "a")), "give different names"),
+    (LINEARS, "parameters_split", ("query", {"a": 0}, (), ("a", "a"), ("a", "a_"), ("a.b",)), "give different names"),
     (("MultiheadAttention", "TransformerLayer", "Linear"), "init_method", ("normal",), "fills a weight"),
     (("MultiheadAttention", "TransformerLayer", "LayerNormMLP"), "output_layer_init_method", (0.02,), "fills a weight"),
     (WITH_WEIGHTS, "params_dtype", (torch.int64, "bf16"), "dtype"),
@@ -136,12 +137,35 @@ WRONG = [
     (("RotaryPositionEmbedding",), "dim", (8.0, 0), "at least 1"),
     (("RotaryPositionEmbedding",), "rotary_base", (0.0,), "positive"),
     (("RotaryPositionEmbedding",), "seq_len_interpolation_factor", (0,), "positive"),
+    ((*WITH_WEIGHTS, *NORMS), "device", ("gpu", "cuda:99", 1.5), "a device that is there"),
+    (WITH_WEIGHTS, "bias", ("no", 1, None), "True or False"),
+    (("MultiheadAttention", *LINEARS, "LayerNormMLP"), "return_bias", ("no",), "True or False"),
+    ((*ATTENTIONS[:2], "LayerNormLinear", "LayerNormMLP", *NORMS), "zero_centered_gamma", ("no",), "True or False"),
+    (("MultiheadAttention", "LayerNormMLP"), "return_layernorm_output", (1,), "True or False"),
+    (("MultiheadAttention",), "input_layernorm", (0,), "True or False"),
+    (ATTENTIONS[:2], "fuse_qkv_params", ("no",), "True or False"),
+    (ATTENTIONS[:2], "qkv_weight_interleaved", ("no",), "True or False"),
+    (ATTENTIONS[:2], "rotary_pos_interleaved", ("no",), "True or False"),
+    (ATTENTIONS[:2], "qk_norm_before_rope", ("before",), "True or False"),
+    (ATTENTIONS[:2], "set_parallel_mode", ("no",), "True or False"),
+    (("TransformerLayer",), "apply_residual_connection_post_layernorm", ("no",), "True or False"),
+    (("TransformerLayer",), "output_layernorm", ("no",), "True or False"),
+    (("TransformerLayer",), "parallel_attention_mlp", ("no",), "True or False"),
+    (("Linear",), "save_original_input", ("no",), "True or False"),
+    (("DotProductAttention",), "return_max_logit", ("no",), "True or False"),
+    (("RotaryPositionEmbedding",), "interleaved", ("no",), "True or False"),
+    ((*ATTENTIONS, *LINEARS), "sequence_parallel", ("no",), "True or False, or leave it out"),
+    (ATTENTIONS, "bottom_right_diagonal", ("no",), "True or False, or leave it out"),
+    (("TransformerLayer",), "enc_dec_bottom_right_diagonal", ("no",), "True or False, or leave it out"),
+    (NORMS, "normalized_shape", (0, "8", 4.0, (8.0,)), "at least 1"),
+    ((*NORMS, "L2Normalization"), "eps", (-1e-5, "x"), "small positive"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("modules", "name", "values", "advice"), WRONG, ids=[f"{w[1]}-{w[3]}" for w in WRONG])
 def test_a_value_that_can_not_be(modules, name, values, advice):
-    shapes = {cls.__name__: shape for cls, shape in MODULES.items()} | {"RotaryPositionEmbedding": (8,)}
+    shapes = {cls.__name__: shape for cls, shape in MODULES.items()}
+    shapes |= {"RotaryPositionEmbedding": (8,), "RMSNorm": (8,), "LayerNorm": (8,), "L2Normalization": ()}
     for owner in modules:
         cls = getattr(te, owner)
         taken = list(inspect.signature(cls).parameters)[: len(shapes[owner])]
@@ -155,13 +179,21 @@ def test_a_value_that_can_not_be(modules, name, values, advice):
 
 
 def test_the_table_of_rules_is_covered():
-    assert {name for _, name, _, _ in WRONG} >= set(RULES) - {"dtype", "pretrained_max_position_embeddings"}
+    elsewhere = {"dtype", "pretrained_max_position_embeddings", "checkpoint_core_attention", "max_seq_len", "offset"}
+    assert {name for _, name, _, _ in WRONG} >= set(RULES) - elsewhere
     with pytest.raises(ValueError, match="RMSNorm got dtype=torch.int64; give a floating-point dtype"):
         te.RMSNorm(4, dtype=torch.int64)
     with pytest.raises(ValueError, match="LayerNorm got eps=nan; give 0 or a small"):
         te.LayerNorm(4, eps=NAN)
     with pytest.raises(ValueError, match="pretrained_max_position_embeddings=-1; give a positive"):
         te.RotaryPositionEmbedding(4, pretrained_max_position_embeddings=-1)
+    for length in (-1, 0, 2.0, "4"):
+        with pytest.raises(
+            ValueError, match=f"RotaryPositionEmbedding got max_seq_len={length!r}; give a whole number"
+        ):
+            te.RotaryPositionEmbedding(4)(length)
+    with pytest.raises(ValueError, match="RotaryPositionEmbedding got offset=-1; give a whole number, at least 0"):
+        te.RotaryPositionEmbedding(4)(4, offset=-1)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +202,10 @@ def test_the_table_of_rules_is_covered():
         ({"hidden_size": 15}, "not divisible by num_attention_heads=2"),
         ({"qk_norm_type": "Lp"}, "qk_norm_type='Lp': unknown norm.*or 'L2Normalization', 'RMSNorm', 'LayerNorm'"),
         ({"qk_norm_type": "rms", "qk_norm_eps": 1e-3}, "qk_norm_eps=0.001 is for L2Normalization"),
+        (
+            {"qk_norm_type": nsphere.QKNorm("rms", head_dim=8), "qk_norm_eps": 1e-3},
+            "qk_norm_eps=0.001 is for L2Normalization",
+        ),
         ({"qk_norm_type": nsphere.QKNorm("rms", head_dim=4)}, "head_dim=4 and the attention 8"),
         (
             {"qk_norm_type": nsphere.QKNorm("rms", head_dim=8, place="after"), "qk_norm_before_rope": True},
@@ -217,6 +253,8 @@ ENDS = torch.tensor([0, 3, 7])
         ({"qk_norm_type": nsphere.QKNorm("rms", head_dim=8, rope=nsphere.RopeSpec(8))}, X, {}, "pass rotary_pos_emb"),
         ({}, X, {"attn_mask_type": "cusal"}, "choose from"),
         ({}, X, {"window_size": 4}, r"MultiheadAttention got window_size=4; give \(left, right\)"),
+        ({}, X, {"checkpoint_core_attention": "no"}, "checkpoint_core_attention='no'; give True or False"),
+        ({}, X, {"bottom_right_diagonal": "no"}, "bottom_right_diagonal='no'; give True or False, or leave it out"),
         (PADDING, X, {}, "takes attention_mask or cu_seqlens_q; give one"),
         (PADDING, X, {"attention_mask": torch.zeros(3, 1, 1, 4).bool()}, r"queries .*\(3, 1, 1, 4\); give.*B = 2"),
         (PADDING, X, {"attention_mask": torch.zeros(2, 4).bool()}, r"torch.bool \(2, 4\); give bool \[B, 1, 1, 4\]"),
@@ -228,6 +266,9 @@ ENDS = torch.tensor([0, 3, 7])
             {"encoder_output": ENCODER, "attention_mask": torch.zeros(2, 1, 1, 4).bool()},
             r"padding mask of the keys .*\[B, 1, 1, 5\]",
         ),
+        ({}, X.to("meta"), {}, "Linear has parameters on cpu and got inp on meta; move one"),
+        ({}, X, {"rotary_pos_emb": torch.zeros(4, 1, 1, 8, device="meta")}, "rotary_pos_emb on meta and input on cpu"),
+        (PADDING, X, {"attention_mask": torch.zeros(2, 1, 1, 4, device="meta").bool()}, "mask on meta and input on"),
         ({"attn_mask_type": "arbitrary"}, X, {}, "attention_mask None of NoneType; give bool, broadcastable to"),
         ({}, X, {"attn_mask_type": "arbitrary", "attention_mask": torch.zeros(3, 1, 4, 4).bool()}, r"\[2, 2, 4, 4\]"),
         ({}, X, {"attn_mask_type": "arbitrary", "attention_mask": X[None, None, None] > 0}, "broadcastable"),
@@ -248,7 +289,7 @@ ENDS = torch.tensor([0, 3, 7])
             PACKED,
             X.flatten(0, 1),
             {"cu_seqlens_q": ENDS, "rotary_pos_emb": torch.randn(3, 1, 1, 8)},
-            "3 positions and the sequence has 5",
+            "3 positions and the sequence has 4",
         ),
     ],
 )  # fmt: skip
@@ -317,6 +358,8 @@ def test_what_a_layer_is_given():
         decoder(x)
     with pytest.raises(ValueError, match="window_size=3"):
         decoder(x, encoder_output=x, enc_dec_window_size=3)
+    with pytest.raises(ValueError, match="TransformerLayer got enc_dec_bottom_right_diagonal=3; give True or False"):
+        decoder(x, encoder_output=x, enc_dec_bottom_right_diagonal=3)
 
 
 def test_fp8_is_not_here_and_says_so():
@@ -331,6 +374,15 @@ def test_fp8_is_not_here_and_says_so():
         te.autocast(enabled=False, calibrating=True)
     assert te.is_fp8_available() is False
     assert te.is_fp8_available(return_reason=True) == (False, "nsphere.te has no FP8")
+
+
+def test_what_is_no_module():
+    module = te.MultiheadAttention(16, 2, device="cpu")
+    for given in ((3, module), (module, module), (module.state_dict(), module.state_dict())):
+        with pytest.raises(ValueError, match="give a state dict and the module that is to load it"):
+            te.convert_state_dict(*given)
+    with pytest.raises(ValueError, match="install got None; give a module of Transformer Engine"):
+        te.install(None, nsphere.QKNorm("rms", head_dim=8))
 
 
 def test_state_dicts_that_can_not_be_converted():
@@ -372,3 +424,6 @@ def test_other_errors():
         te.TransformerLayer(16, 16, 2, layer_type="decoder", qk_norm_type=nsphere.RMSNorm(8), device="cpu")
     with pytest.raises(TypeError, match="floating-point"):
         te.L2Normalization()(torch.ones(3, dtype=torch.int64))
+    for norm in (te.L2Normalization(), te.RMSNorm(1), te.LayerNorm(1)):
+        with pytest.raises(TypeError, match="Norm.* got list; give it a floating-point tensor"):
+            norm([1.0])

@@ -153,6 +153,44 @@ def test_checkpointing_changes_nothing():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("qkv_format", ["sbhd", "bshd", "thd"])
+def test_checkpointing_attends_again_in_the_backward_pass(qkv_format, monkeypatch):
+    calls = []
+    own = te.DotProductAttention._attend
+    monkeypatch.setattr(te.DotProductAttention, "_attend", lambda *args: (calls.append(1), own(*args))[1])
+    packed = qkv_format == "thd"
+    attention = te.DotProductAttention(
+        H, D, K, qkv_format=qkv_format, attn_mask_type="padding_causal" if packed else "causal"
+    )
+    lead = (7,) if packed else (4, 2)
+    q, k, v = (torch.randn(*lead, heads, D, requires_grad=True) for heads in (H, K, K))
+    ends = {"cu_seqlens_q": torch.tensor([0, 3, 7])} if packed else {}
+    y = attention(q, k, v, **ends, checkpoint_core_attention=True)
+    forward = len(calls)
+    y.sum().backward()
+    assert forward == (2 if packed else 1) and len(calls) == 2 * forward
+
+
+@pytest.mark.parametrize("reporting", [False, True])
+def test_a_packed_sequence_without_tokens(reporting):
+    torch.manual_seed(0)
+    attention = te.DotProductAttention(
+        H, D, K, qkv_format="thd", attn_mask_type="padding_causal", return_max_logit=reporting
+    )
+    q, k, v = (torch.randn(5, heads, D) for heads in (H, K, K))
+    empty, without = (attention(q, k, v, cu_seqlens_q=torch.tensor(ends)) for ends in ([0, 3, 3, 5], [0, 3, 5]))
+    torch.testing.assert_close(empty, without)
+
+
+def test_tokens_behind_the_last_sequence_need_no_row_of_the_rotary_table():
+    torch.manual_seed(0)
+    mha = te.MultiheadAttention(16, 2, qkv_format="thd", attn_mask_type="padding", device="cpu").eval()
+    rotary, ends = te.RotaryPositionEmbedding(8)(4).cpu(), torch.tensor([0, 3, 7])
+    x = torch.randn(12, 16)
+    y = mha(x, cu_seqlens_q=ends, rotary_pos_emb=rotary)
+    torch.testing.assert_close(y[:7], mha(x[:7], cu_seqlens_q=ends, rotary_pos_emb=rotary))
+
+
 def test_dropout_is_on_while_training():
     torch.manual_seed(0)
     mha = te.MultiheadAttention(16, 2, attention_dropout=0.5, device="cpu")

@@ -1,7 +1,9 @@
 """`add_qk_norm(model)`: QK-norm in a transformers model that has none, saved and loaded with it."""
 
+import copy
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -9,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nsphere.hf.fuse import attentions, run_once
+from nsphere.hf.fuse import attentions, check_model, run_once
 from nsphere.hf.rewire import CannotRewireError, Wiring, layout_of, own_rope, restore, rewire, wiring_of
 from nsphere.norms import StatisticNorm, norm_names
 from nsphere.qk_norm import Layout, QKNorm, Tables
@@ -17,6 +19,7 @@ from nsphere.rope import RopeSpec
 
 _OWN_NORM = re.compile(r"^(q|k|qk|query|key)_?(\w*_)?(layer_?)?norm$")
 _CONFIG_FIELD = "nsphere_qk_norm"
+_READ_FROM_THE_MODEL = {"q", "k", "head_dim", "num_heads", "num_kv_heads", "rope", "layout"}
 
 
 class _Added(Wiring):
@@ -91,7 +94,8 @@ def add_qk_norm(
         softmax_scale: the attentions' own stays by default, but √D comes with unit norms ("l2" without calibration,
             see QKNorm).
         freeze: let the new weights alone be trained; model.requires_grad_(True) thaws the others.
-        **options: those of QKNorm and of the norm that a config can hold: eps, weight, over, bias, zero_centered.
+        **options: those of QKNorm and of the norm that a config can hold: eps, weight, over, bias, zero_centered,
+            multiplier (a number).
             weight is "per_head" by default for the built-in norms: heads differ in scale. weight="shared" is what
             published models have.
 
@@ -103,23 +107,26 @@ def add_qk_norm(
             attention of an unknown shape or RoPE, or that the example does not reach; calibration of a norm without
             weight. The model is then as it was.
     """
+    check_model("add_qk_norm", model)
     description = _description(norm, place, options)
+    if softmax_scale is not None and not (_is_number(softmax_scale) and 0 < softmax_scale < math.inf):
+        raise ValueError(f"add_qk_norm got softmax_scale={softmax_scale!r}; give a positive number, or leave it out")
+    if not isinstance(freeze, bool):
+        raise ValueError(f"add_qk_norm got freeze={freeze!r}; give True or False")
+    batches = _batches(calibrate)
     found = _find(model)
-    batches = [None] if calibrate is None else [calibrate] if isinstance(calibrate, Mapping) else list(calibrate)
-    if not batches:
-        raise ValueError("calibrate holds no batch; give keywords of one call of the model, or several such")
     recorders = {name: _Recorder(a, layout_of(type(a), ()), place) for name, a in found.items()}
     try:
         for name, attention in found.items():
             rewire(attention, (), recorders[name])
-        run_once(model, batches[0])
+        run_once(model, batches[0], "calibrate")
         shapes = {name: _shape(name, recorder) for name, recorder in recorders.items()}
         weights: dict[str, list[Tensor]] = {}
         if calibrate is not None:
             for name, recorder in recorders.items():
                 recorder.plain = _plain(recorder, shapes[name], description)
             for batch in batches:
-                run_once(model, batch)
+                run_once(model, batch, "calibrate")
             weights = {name: _weights(recorder, shapes[name].head_dim) for name, recorder in recorders.items()}
     finally:
         for attention in found.values():
@@ -128,9 +135,10 @@ def add_qk_norm(
     description["attentions"] = _grouped(shapes)
     if softmax_scale is not None or calibrate is not None:
         description["softmax_scale"] = softmax_scale or "own"
-    if freeze:
-        model.requires_grad_(False)
+    own = list(model.parameters())
     _install(model, description)
+    for parameter in own if freeze else ():
+        parameter.requires_grad_(False)
     for name, (q_weight, k_weight) in weights.items():
         normed: Any = found[name]
         with torch.no_grad():
@@ -144,6 +152,7 @@ def add_qk_norm(
 
 def remove_qk_norm(model: nn.Module) -> list[str]:
     """Undo `add_qk_norm`: the model is what it was before, but for what was trained since. Returns the names."""
+    check_model("remove_qk_norm", model)
     names = []
     for name, module in model.named_modules():
         wiring = wiring_of(module)
@@ -190,6 +199,26 @@ def load(path: Any, cls: Any = None, **from_pretrained: Any) -> Any:
     return model
 
 
+def _batches(calibrate: Any) -> list[Any]:
+    """The calls of the model to be made; one, without inputs of the user's, where there is nothing to calibrate."""
+    if calibrate is None or isinstance(calibrate, Mapping):
+        return [calibrate]
+    batches = list(calibrate) if isinstance(calibrate, Iterable) and not isinstance(calibrate, Tensor) else [calibrate]
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"calibrate got {type(batch).__name__}; give keywords of one call of the model, as "
+                '{"input_ids": ...}, or several such'
+            )
+    if not batches:
+        raise ValueError("calibrate holds no batch; give keywords of one call of the model, or several such")
+    return batches
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _description(norm: Any, place: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """What the config will say; refuses what it cannot."""
     if norm not in norm_names():
@@ -200,6 +229,9 @@ def _description(norm: Any, place: str, options: Mapping[str, Any]) -> dict[str,
     if place not in ("before", "after"):
         raise ValueError(f'place is "before" or "after"; got {place!r}')
     options = dict(options)
+    read = sorted(_READ_FROM_THE_MODEL & options.keys())
+    if read:
+        raise ValueError(f"add_qk_norm got {', '.join(read)}, which it reads from the model; leave that out")
     if norm in ("rms", "l2", "layer") and "over" not in options:
         options.setdefault("weight", "per_head")
     try:
@@ -345,37 +377,33 @@ def _grouped(shapes: Mapping[str, _Shape]) -> list[dict[str, Any]]:
 
 
 def _install(model: nn.Module, description: Mapping[str, Any]) -> None:
-    """Give every attention of the description its norms and its wiring."""
+    """Give every attention of the description its norms and its wiring; all of them, or at an error none."""
     prefix = getattr(model, "base_model_prefix", "") + "."
     inside = {name for name, _ in model.named_modules()}
+    made: list[tuple[Any, _Added, float | None]] = []
     for group in description["attentions"]:
         shape = _Shape.from_json(group)
         for name in group["names"]:
-            attention: Any = model.get_submodule(name if name in inside else name.removeprefix(prefix))
-            _install_one(attention, shape, description)
+            attention = model.get_submodule(name if name in inside else name.removeprefix(prefix))
+            made.append((attention, *_make(attention, shape, description)))
+    for attention, wiring, scale in made:
+        if scale is not None:
+            wiring.scaling, attention.scaling = attention.scaling, scale
+        rewire(attention, (), wiring)
+        attention.q_norm, attention.k_norm = wiring.qk_norm.q_norm, wiring.qk_norm.k_norm
 
 
-def _install_one(attention: Any, shape: _Shape, description: Mapping[str, Any]) -> None:
+def _make(attention: nn.Module, shape: _Shape, description: Mapping[str, Any]) -> tuple[_Added, float | None]:
+    """The wiring of one attention, and its softmax scale where it gets another."""
     asked = description.get("softmax_scale")
     with_rope = shape.qk_norm(description, rope=True, softmax_scale="rsqrt" if asked else None)
     like = next(attention.parameters())
     with_rope.to(device=like.device, dtype=like.dtype)
-    norms = with_rope.q_norm, with_rope.k_norm
-    without = QKNorm(
-        *norms,
-        head_dim=shape.head_dim,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        layout=shape.layout,
-        over=with_rope.over,
-        softmax_scale=with_rope.softmax_scale if asked is None else "rsqrt",
-    )
-    wiring = _Added(with_rope, without)
-    unit = isinstance(norms[0], StatisticNorm) and norms[0].spec.statistic == "l2" and with_rope.over == "head"
+    without = copy.copy(with_rope)  # of the same norms and multipliers, for calls that do not turn
+    without.rope = None
+    norm = with_rope.q_norm
+    unit = isinstance(norm, StatisticNorm) and norm.spec.statistic == "l2" and with_rope.over == "head"
     scale = asked if isinstance(asked, int | float) else with_rope.softmax_scale if asked is None and unit else None
-    if scale is not None:
-        if not isinstance(getattr(attention, "scaling", None), int | float):
-            raise ValueError(f"{type(attention).__name__} has no softmax scale that can be set; leave softmax_scale")
-        wiring.scaling, attention.scaling = attention.scaling, scale
-    rewire(attention, (), wiring)
-    attention.q_norm, attention.k_norm = norms
+    if scale is not None and not isinstance(getattr(attention, "scaling", None), int | float):
+        raise ValueError(f"{type(attention).__name__} has no softmax scale that can be set; leave softmax_scale")
+    return _Added(with_rope, without), scale

@@ -93,6 +93,7 @@ def fuse(
         ValueError: if the model has no attention with QK-norm, if none can be fused, if the inputs do not run, and
             for weights on the meta device.
     """
+    check_model("fuse", model)
     if rounding not in ("fused", "family"):
         raise ValueError(f'rounding is "fused" or "family"; got {rounding!r}')
     if any(p.is_meta for p in model.parameters()):
@@ -116,6 +117,7 @@ def fuse(
 
 def unfuse(model: nn.Module) -> list[str]:
     """Undo `fuse`, and return the names of the attentions that were fused: each runs its own code again."""
+    check_model("unfuse", model)
     names = []
     for name, module in model.named_modules():
         wiring = wiring_of(module)
@@ -159,8 +161,19 @@ def record_calls(model: nn.Module, names: list[str], inputs: Mapping[str, Any] |
     return calls
 
 
-def run_once(model: nn.Module, inputs: Mapping[str, Any] | None) -> None:
+def check_model(owner: str, model: Any) -> None:
+    """Raise ValueError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{owner} takes a transformers model, got {type(model).__name__}")
+
+
+def run_once(model: nn.Module, inputs: Mapping[str, Any] | None, argument: str = "inputs") -> None:
     """Call the model on the inputs, or on eight token ids: no gradients, evaluation mode, no cache.
+
+    Args:
+        model: what to call.
+        inputs: keywords of the call.
+        argument: what the user gives them as.
 
     Raises:
         ValueError: if it does not run.
@@ -169,12 +182,12 @@ def run_once(model: nn.Module, inputs: Mapping[str, Any] | None) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            model(**(_token_ids(model) if inputs is None else dict(inputs)), **_without_cache(model))
+            model(**_without_cache(model) | (_token_ids(model) if inputs is None else dict(inputs)))
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
         which = "example token ids" if inputs is None else "the inputs given"
         raise ValueError(
-            f"{type(model).__name__} did not run on {which} ({type(error).__name__}: {error}); give inputs={{...}}, "
-            "the keywords of one call that works"
+            f"{type(model).__name__} did not run on {which} ({type(error).__name__}: {error}); give "
+            f"{argument}={{...}}, the keywords of one call that works"
         ) from error
     finally:
         for module in training:
@@ -235,7 +248,7 @@ def _fuse_one(attention: nn.Module, rounding: str, call: Call | None) -> str:
         try:
             with torch.no_grad():
                 output = _run(attention, call)
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # whatever it is, the attention is left as it was
             restore(attention)
             raise ValueError(f"the check failed: {type(error).__name__}: {error}") from error
         difference = _difference(output, call.output)

@@ -52,16 +52,19 @@ def _eager(
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    logits = (q @ k.transpose(-1, -2)).float() * scale
+    logits = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
     if is_causal:
         causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         mask = causal if mask is None else mask & causal
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
-    largest = logits.detach().transpose(0, 1).reshape(heads, -1).amax(-1)
-    weights = logits.softmax(-1)
-    if mask is not None:
-        weights = weights.masked_fill(weights.isnan(), 0.0)  # a query that sees nothing
+    of_heads = logits.detach().transpose(0, 1).reshape(heads, -1).float()
+    largest = of_heads.amax(-1) if of_heads.numel() else of_heads.new_full((heads,), -math.inf)
+    if mask is None:
+        weights = logits.softmax(-1)
+    else:  # a query that sees nothing gets 0; what is NaN stays NaN
+        blind = (logits == -math.inf).all(-1, keepdim=True)
+        weights = logits.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     weights = F.dropout(weights.to(v.dtype), dropout_p) if dropout_p else weights.to(v.dtype)
     return weights @ v, largest
 

@@ -96,18 +96,34 @@ def _is_number(value: Any) -> bool:
 
 def _is_window(value: Any) -> bool:
     pair = isinstance(value, tuple | list) and len(value) == 2
-    return pair and all(isinstance(side, int) and side >= -1 for side in value)
+    return pair and all(_is_whole(side) and side >= -1 for side in value)
 
 
 def _is_split(value: Any) -> bool:
     if not isinstance(value, tuple | list | Mapping) or not value:
         return False
     sizes = value.values() if isinstance(value, Mapping) else ()
-    named = all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
-    return named and all(_is_whole(size) and size > 0 for size in sizes)
+    named = all(isinstance(name, str) and name.rstrip("_") and "." not in name for name in value)
+    # "query_" and "query" both name query_weight
+    return (
+        named
+        and len({name.rstrip("_") for name in value}) == len(value)
+        and all(_is_whole(size) and size > 0 for size in sizes)
+    )
 
 
+def _is_device(value: Any) -> bool:
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+
+
+BOOL = Rule(lambda v: isinstance(v, bool), "give True or False")
 COUNT = Rule(lambda v: _is_whole(v) and v > 0, "give a whole number, at least 1")
+COUNT_OR_NONE = _or_none(COUNT)
+FROM_ZERO = Rule(lambda v: _is_whole(v) and v >= 0, "give a whole number, at least 0")
 POSITIVE = Rule(lambda v: _is_number(v) and v > 0, "give a positive number")
 EPS = Rule(lambda v: _is_number(v) and v >= 0, "give 0 or a small positive number")
 RATE = Rule(lambda v: _is_number(v) and 0 <= v <= 1, "give a probability, from 0 to 1")
@@ -119,6 +135,7 @@ FILLS = _or_none(Rule(callable, "give a function that fills a weight in place"))
 DTYPE = _or_none(
     Rule(lambda v: isinstance(v, torch.dtype) and v.is_floating_point, "give a floating-point dtype, as torch.bfloat16")
 )
+DEVICE = _or_none(Rule(_is_device, "give a device that is there, as 'cpu' or 'cuda:0'"))
 COLUMN = _one_of(None, "column")
 HEAD_DIMS = Rule(
     lambda v: COUNT.holds(v) or (isinstance(v, tuple | list) and len(v) == 2 and all(map(COUNT.holds, v))),
@@ -129,7 +146,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         ("hidden_size", "ffn_hidden_size", "num_attention_heads", "in_features", "out_features", "dim"), COUNT
     ),
-    **dict.fromkeys(("num_gqa_groups", "kv_channels"), _or_none(COUNT)),
+    **dict.fromkeys(("num_gqa_groups", "kv_channels"), COUNT_OR_NONE),
     **dict.fromkeys(("eps", "layernorm_epsilon", "qk_norm_eps"), EPS),
     **dict.fromkeys(("hidden_dropout", "attention_dropout"), RATE),
     "drop_path_rate": BELOW_ONE,
@@ -147,6 +164,15 @@ RULES: Mapping[str, Rule] = {
     ),
     **dict.fromkeys(("init_method", "output_layer_init_method"), FILLS),
     **dict.fromkeys(("params_dtype", "dtype"), DTYPE),
+    "device": DEVICE,
+    **dict.fromkeys(("bias", "return_bias", "return_layernorm_output", "input_layernorm", "output_layernorm"), BOOL),
+    **dict.fromkeys(("fuse_qkv_params", "qkv_weight_interleaved", "rotary_pos_interleaved", "interleaved"), BOOL),
+    **dict.fromkeys(("apply_residual_connection_post_layernorm", "parallel_attention_mlp"), BOOL),
+    **dict.fromkeys(("qk_norm_before_rope", "zero_centered_gamma", "return_max_logit"), BOOL),
+    **dict.fromkeys(("set_parallel_mode", "save_original_input", "checkpoint_core_attention"), BOOL),
+    **dict.fromkeys(("sequence_parallel", "bottom_right_diagonal", "enc_dec_bottom_right_diagonal"), _or_none(BOOL)),
+    "max_seq_len": COUNT,
+    "offset": FROM_ZERO,
     "rotary_percent": SHARE,
     "rotary_base": POSITIVE,
     **dict.fromkeys(("seq_len_interpolation_factor", "pretrained_max_position_embeddings"), _or_none(POSITIVE)),
@@ -196,8 +222,8 @@ def mask_type(name: str) -> str:
     return "padding_causal" if name == "causal_padding" else name
 
 
-def check_features(owner: str, name: str, x: Any, width: int, dtype: torch.dtype | None = None) -> None:
-    """Raise ValueError unless x is a floating-point tensor [..., width], of the parameters' dtype where it is given.
+def check_features(owner: str, name: str, x: Any, width: int, weight: Tensor | None = None) -> None:
+    """Raise ValueError unless x is a floating-point tensor [..., width], of the weight's dtype and device if given.
 
     Under autocast any dtype will do.
     """
@@ -207,10 +233,14 @@ def check_features(owner: str, name: str, x: Any, width: int, dtype: torch.dtype
         raise ValueError(
             f"{owner} takes {name} [..., {width}] and got {_shown(x)}; give that width, or build it for another"
         )
-    if dtype is not None and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight is None:
+        return
+    if x.device != weight.device:
+        raise ValueError(f"{owner} has parameters on {weight.device} and got {name} on {x.device}; move one")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(
-            f"{owner} has parameters of {dtype} and got {x.dtype}; cast the input, give params_dtype={x.dtype}, or use "
-            "torch.autocast"
+            f"{owner} has parameters of {weight.dtype} and got {x.dtype}; cast the input, give params_dtype={x.dtype}, "
+            "or use torch.autocast"
         )
 
 
@@ -277,6 +307,9 @@ def check_masks(
         heads: H.
     """
     (B, T), (_, S) = _batch_and_length(layout, q), _batch_and_length(layout, k)
+    for mask in attention_mask if isinstance(attention_mask, tuple | list) else (attention_mask,):
+        if isinstance(mask, Tensor) and mask.device != q.device and ("padding" in kind or kind == "arbitrary"):
+            raise ValueError(f"{owner} got attention_mask on {mask.device} and input on {q.device}; move one")
     _check_ends(owner, layout, {name: given for name, given in ends.items() if given is not None}, B, (T, S))
     given = ends["cu_seqlens_q"] is not None
     if layout == "thd":
@@ -371,6 +404,8 @@ def check_rotary(owner: str, layout: str, rotary: Any, head_dim: int, q: Tensor,
                 f"{owner} got rotary_pos_emb that turns {table.shape[3]} dims of {head_dim}; give an even number, at "
                 "most those"
             )
+        if table.device != q.device:
+            raise ValueError(f"{owner} got rotary_pos_emb on {table.device} and input on {q.device}; move one")
     if tables[0].shape[3] != tables[1].shape[3]:
         raise ValueError(
             f"{owner} got rotary_pos_emb that turns {tables[0].shape[3]} dims of q and {tables[1].shape[3]} of k; give "

@@ -3,8 +3,10 @@
 Shape legend: B batch, T queries, S keys, H query heads, K key heads, D head_dim, N tokens of packed sequences.
 """
 
+import functools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -138,6 +140,8 @@ class DotProductAttention(TEModule):
                 "qkv_format": layout,
                 "attn_mask_type": kind,
                 "window_size": window_size,
+                "bottom_right_diagonal": bottom_right_diagonal,
+                "checkpoint_core_attention": checkpoint_core_attention,
                 "softcap": softcap,
                 "core_attention_bias_type": core_attention_bias_type,
                 "core_attention_bias": core_attention_bias,
@@ -164,22 +168,22 @@ class DotProductAttention(TEModule):
         bottom = self.bottom_right_diagonal if bottom_right_diagonal is None else bottom_right_diagonal
         bottom = "bottom_right" in kind or ("causal" not in kind and bottom is not False)
         cu_seqlens_kv = cu_seqlens_q if cu_seqlens_kv is None else cu_seqlens_kv
+        attend: Callable[..., tuple[Tensor, Tensor]] = self._attend
+        if checkpoint_core_attention and torch.is_grad_enabled():
+            attend = functools.partial(checkpoint, self._attend, use_reentrant=False)
         if layout == "thd":
             assert cu_seqlens_q is not None and cu_seqlens_kv is not None
             spans = (
                 _spans(cu_seqlens_q, cu_seqlens_q_padded, query_layer.shape[0]),
                 _spans(cu_seqlens_kv, cu_seqlens_kv_padded, key_layer.shape[0]),
             )
-            y, largest = self._packed(query_layer, key_layer, value_layer, *spans, kind, window, bottom)
+            y, largest = self._packed(attend, query_layer, key_layer, value_layer, *spans, kind, window, bottom)
         else:
             heads, tokens = ((1, 2, 0, 3), (2, 0, 1, 3)) if layout == "sbhd" else ((0, 2, 1, 3), (0, 2, 1, 3))
             q, k, v = (x.permute(heads) for x in (query_layer, key_layer, value_layer))
             allowed = self._allowed(q, k, attention_mask, cu_seqlens_q, cu_seqlens_kv, kind, window, bottom)
             is_causal = allowed is None and "causal" in kind
-            if checkpoint_core_attention and torch.is_grad_enabled():
-                y, largest = checkpoint(self._attend, q, k, v, allowed, is_causal, use_reentrant=False)
-            else:
-                y, largest = self._attend(q, k, v, allowed, is_causal)
+            y, largest = attend(q, k, v, allowed, is_causal)
             y = y.permute(tokens)
         y = y.flatten(-2)
         return (y, largest) if self.return_max_logit else y
@@ -213,6 +217,7 @@ class DotProductAttention(TEModule):
 
     def _packed(
         self,
+        attend: Callable[..., tuple[Tensor, Tensor]],
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -229,7 +234,7 @@ class DotProductAttention(TEModule):
             one_q = q[start:stop].transpose(0, 1)[None]
             one_k, one_v = (x[k_start:k_stop].transpose(0, 1)[None] for x in (k, v))
             allowed = self._allowed(one_q, one_k, None, None, None, inner, window, bottom)
-            y, largest = self._attend(one_q, one_k, one_v, allowed, allowed is None and "causal" in inner)
+            y, largest = attend(one_q, one_k, one_v, allowed, allowed is None and "causal" in inner)
             pieces += [v.new_zeros(start - at, q.shape[1], v.shape[2]), y[0].transpose(0, 1)]
             maxima.append(largest)
             at = stop
@@ -328,7 +333,10 @@ def _spans(ends: Tensor, starts: Tensor | None, num_tokens: int) -> list[tuple[i
 
 
 def packed_positions(starts: Tensor, num_tokens: int) -> Tensor:
-    """The place of every packed token in its sequence, int64 [N]; `starts` [B + 1] are the sequences' beginnings."""
+    """The place of every packed token in its sequence, int64 [N]; `starts` [B + 1] are the sequences' beginnings.
+
+    The last of them is where the last sequence ends; tokens behind it belong to none, and their place is 0.
+    """
     token = torch.arange(num_tokens, device=starts.device)
     begun = torch.searchsorted(starts[:-1].contiguous(), token, right=True) - 1
-    return token - starts.long()[begun]
+    return torch.where(token < starts[-1], token - starts.long()[begun], 0)

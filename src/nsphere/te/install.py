@@ -52,6 +52,8 @@ def install(te_module: nn.Module, qk_norm: QKNorm) -> list[str]:
     """
     if not isinstance(qk_norm, QKNorm):
         raise ValueError(f"install got {qk_norm!r}; give a nsphere.QKNorm, built without rope=")
+    if not isinstance(te_module, nn.Module):
+        raise ValueError(f"install got {te_module!r}; give a module of Transformer Engine")
     if qk_norm.rope is not None:
         raise ValueError("install takes a QKNorm without rope=: Transformer Engine turns q and k itself")
     for name, own in (("multiplier", qk_norm.multiplier), ("k_multiplier", qk_norm.k_multiplier)):

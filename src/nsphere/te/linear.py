@@ -148,7 +148,7 @@ class Linear(_Projection):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Inp [..., in_features] → [..., out_features], with the bias apart if `return_bias`."""
         check_arguments("Linear", {"fp8_output": fp8_output, "fp8_grad": fp8_grad})
-        check_features("Linear", "inp", inp, self.in_features, getattr(self, self.weight_names[0]).dtype)
+        check_features("Linear", "inp", inp, self.in_features, getattr(self, self.weight_names[0]))
         y, bias = self._project(inp, add_bias=not self.return_bias)
         return (y, bias) if self.return_bias else y
 
@@ -339,7 +339,7 @@ def reset_layer_norm(module: Any) -> None:
 
 def apply_layer_norm(module: Any, x: Tensor) -> Tensor:
     """Norm(x), in x's dtype; ValueError for another width or dtype than its weight's."""
-    check_features(type(module).__name__, "inp", x, len(module.layer_norm_weight), module.layer_norm_weight.dtype)
+    check_features(type(module).__name__, "inp", x, len(module.layer_norm_weight), module.layer_norm_weight)
     return normalize(
         x,
         module.layer_norm_weight,

@@ -200,6 +200,11 @@ class MultiheadAttention(nn.Module):
         self, kind: Any, eps: float, before_rope: bool, softmax_scale: float | None, where: dict[str, Any]
     ) -> None:
         head_dim, own_scale = self.hidden_size_per_attention_head, None
+        if kind is not None and kind not in QK_NORM_TYPES and eps != 1e-6:
+            raise ValueError(
+                f"qk_norm_eps={eps} is for {', '.join(QK_NORM_TYPES)}; give another norm its eps where it is made, as "
+                "functools.partial(nsphere.RMSNorm, eps=…)"
+            )
         if isinstance(kind, QKNorm):
             if before_rope and kind.place == "after":
                 raise ValueError(
@@ -232,11 +237,6 @@ class MultiheadAttention(nn.Module):
             elif kind is None:
                 own = QKNorm(**options)
             else:
-                if eps != 1e-6:
-                    raise ValueError(
-                        f"qk_norm_eps={eps} is for {', '.join(QK_NORM_TYPES)}; give another norm its eps where it is "
-                        "made, as functools.partial(nsphere.RMSNorm, eps=…)"
-                    )
                 try:
                     own = QKNorm(kind, **options).to(where["device"])
                 except ValueError as error:
@@ -315,6 +315,8 @@ class MultiheadAttention(nn.Module):
             {
                 "attn_mask_type": kind,
                 "window_size": window_size,
+                "bottom_right_diagonal": bottom_right_diagonal,
+                "checkpoint_core_attention": checkpoint_core_attention,
                 "inference_params": inference_params,
                 "core_attention_bias_type": core_attention_bias_type,
                 "core_attention_bias": core_attention_bias,

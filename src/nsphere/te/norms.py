@@ -9,7 +9,7 @@ from torch import Tensor
 from nsphere import norms
 from nsphere.norms import NormSpec, StatisticNorm, compute_dtype, standardize
 from nsphere.te.base import TEModule, on_device
-from nsphere.te.checks import NORMALIZATIONS, check_arguments
+from nsphere.te.checks import COUNT, COUNT_OR_NONE, NORMALIZATIONS, check_arguments
 
 
 class L2Normalization(TEModule, StatisticNorm):
@@ -22,14 +22,17 @@ class L2Normalization(TEModule, StatisticNorm):
     """
 
     def __init__(self, *, eps: float = 1e-6, seq_length: int | None = None, micro_batch_size: int | None = None):
+        check_arguments("L2Normalization", locals())
         super().__init__(1, NormSpec("l2", eps))
         self.dim = None  # type: ignore[assignment]  # whatever comes
         self.eps = eps
 
     def check_input(self, x: Tensor) -> None:
-        """Raises TypeError for integers."""
-        if not x.is_floating_point():
-            raise TypeError(f"L2Normalization got {x.dtype}; give it a floating-point tensor")
+        """Raises TypeError for integers, and what is no tensor."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(
+                f"L2Normalization got {getattr(x, 'dtype', type(x).__name__)}; give it a floating-point tensor"
+            )
 
 
 class RMSNorm(TEModule, norms.RMSNorm):
@@ -60,7 +63,8 @@ class RMSNorm(TEModule, norms.RMSNorm):
         dtype: torch.dtype | None = None,
         sm_margin: Any = 0,
     ):
-        dim, dtype = _width("RMSNorm", normalized_shape, hidden_size), _dtype("RMSNorm", params_dtype, dtype, eps)
+        check_arguments("RMSNorm", locals(), other_rules={"hidden_size": COUNT_OR_NONE})
+        dim, dtype = _width("RMSNorm", normalized_shape, hidden_size), _dtype("RMSNorm", params_dtype, dtype)
         _no_sequence_parallel("RMSNorm", sequence_parallel)
         super().__init__(dim, eps=eps, zero_centered=zero_centered_gamma, device=on_device(device), dtype=dtype)
         self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
@@ -82,7 +86,8 @@ class LayerNorm(TEModule, norms.LayerNorm):
         dtype: torch.dtype | None = None,
         sm_margin: Any = 0,
     ):
-        dim, dtype = _width("LayerNorm", normalized_shape, hidden_size), _dtype("LayerNorm", params_dtype, dtype, eps)
+        check_arguments("LayerNorm", locals(), other_rules={"hidden_size": COUNT_OR_NONE})
+        dim, dtype = _width("LayerNorm", normalized_shape, hidden_size), _dtype("LayerNorm", params_dtype, dtype)
         _no_sequence_parallel("LayerNorm", sequence_parallel)
         super().__init__(dim, eps=eps, zero_centered=zero_centered_gamma, device=on_device(device), dtype=dtype)
         self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
@@ -108,19 +113,17 @@ def _width(owner: str, normalized_shape: Iterable[int] | int | None, hidden_size
     if (normalized_shape is None) == (hidden_size is None):
         raise ValueError(f"{owner} takes normalized_shape, or hidden_size, and not both; give normalized_shape")
     shape = hidden_size if normalized_shape is None else normalized_shape
-    if isinstance(shape, int):
-        return shape
-    assert shape is not None
-    widths = tuple(shape)
+    widths: tuple[Any, ...] = tuple(shape) if isinstance(shape, Iterable) and not isinstance(shape, str) else (shape,)
     if len(widths) != 1:
         raise ValueError(
             f"{owner} normalises the last dimension alone and got normalized_shape={widths}; give its width"
         )
-    return widths[0]
+    if not COUNT.holds(widths[0]):
+        raise ValueError(f"{owner} got normalized_shape={shape!r}; {COUNT.advice}")
+    return int(widths[0])
 
 
-def _dtype(owner: str, params_dtype: torch.dtype | None, dtype: torch.dtype | None, eps: float) -> torch.dtype | None:
-    check_arguments(owner, {"params_dtype": params_dtype, "dtype": dtype, "eps": eps})
+def _dtype(owner: str, params_dtype: torch.dtype | None, dtype: torch.dtype | None) -> torch.dtype | None:
     if params_dtype is not None and dtype is not None:
         raise ValueError(f"{owner} got both dtype and params_dtype, two names of one thing; give dtype")
     return dtype if params_dtype is None else params_dtype

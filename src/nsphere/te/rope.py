@@ -51,6 +51,7 @@ class RotaryPositionEmbedding(nn.Module):
 
     def forward(self, max_seq_len: int, offset: int = 0) -> Tensor:
         """The angles of positions offset … offset + max_seq_len − 1, fp32 [max_seq_len, 1, 1, R]."""
+        check_arguments("RotaryPositionEmbedding", {"max_seq_len": max_seq_len, "offset": offset})
         with torch.autocast(self.inv_freq.device.type, enabled=False):
             positions = torch.arange(max_seq_len, device=self.inv_freq.device, dtype=self.inv_freq.dtype) + offset
             pretrained, factor = self.pretrained_max_position_embeddings, self.seq_len_interpolation_factor

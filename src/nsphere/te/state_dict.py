@@ -37,6 +37,11 @@ def convert_state_dict(
         ValueError: for a module without attention, a state dict that holds nothing of its attentions' q, k and v, or
             one saved with other heads, groups or widths.
     """
+    if not isinstance(state_dict, Mapping) or not isinstance(module, nn.Module):
+        raise ValueError(
+            f"convert_state_dict got {type(state_dict).__name__} and {type(module).__name__}; give a state dict and "
+            "the module that is to load it"
+        )
     converted = dict(state_dict)
     attentions = {
         name: m

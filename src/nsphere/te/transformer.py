@@ -232,6 +232,10 @@ class TransformerLayer(nn.Module):
         check_arguments(
             "TransformerLayer",
             {
+                "bottom_right_diagonal": bottom_right_diagonal,
+                "enc_dec_bottom_right_diagonal": enc_dec_bottom_right_diagonal,
+                "enc_dec_window_size": enc_dec_window_size,
+                "checkpoint_core_attention": checkpoint_core_attention,
                 "inference_params": inference_params,
                 "core_attention_bias_type": core_attention_bias_type,
                 "core_attention_bias": core_attention_bias,
