@@ -91,7 +91,7 @@ def _explain(error: Exception) -> tuple[str, int] | None:
 
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
         return f"out of memory; give a smaller --micro-batch-size ({error})", 1
-    from nsphere.train.roll_call import LostRank
+    from nsphere.train.ranks import LostRank
     from nsphere.train.signals import Interrupted
     from nsphere.train.trainer import NonFinite
 

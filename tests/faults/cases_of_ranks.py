@@ -4,6 +4,7 @@ Ranks are forked, which needs a process in which nothing was differentiated befo
 them.
 """
 
+import dataclasses
 import json
 import os
 import resource
@@ -285,6 +286,59 @@ def test_a_rank_that_fails_is_named_with_its_reason(tmp_path):
     job = run(2, tmp_path / "run", data=tiny.text_file(tmp_path), before=lambda rank: failing(rank, fail))
     assert job.wait() == [75, 1], job.output()
     assert "[0] rank 1 stopped in step 3: RuntimeError: the device is on fire; the job ends" in job.output()
+
+
+def test_a_disk_that_is_full_for_the_metrics_names_the_rank(tmp_path):
+    def no_room(_):
+        raise OSError(28, "No space left on device")
+
+    job = run(2, tmp_path / "run", data=tiny.text_file(tmp_path), before=lambda rank: failing(rank, no_room, who=0))
+    assert job.wait() == [1, 75], job.output()
+    assert "[1] rank 0 stopped in step 3: OSError: [Errno 28] No space left on device; the job ends" in job.output()
+
+
+def test_a_rank_that_dies_before_the_run_begins_is_named(tmp_path):
+    def doomed(rank):
+        if rank == 1:
+            Trainer.__init__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+    job = run(2, tmp_path / "run", data=tiny.text_file(tmp_path), before=doomed)
+    assert job.wait() == [75, -9], job.output()
+    assert "[0] rank 1 died or hangs in the preparation; the job ends in the preparation" in job.output()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_never_comes_ends_the_job(tmp_path):
+    def away(rank):
+        if rank == 1:
+            os._exit(0)
+
+    job = run(2, tmp_path / "run", data=tiny.text_file(tmp_path), layout=Layout(timeout=3), before=away)
+    assert job.wait() == [75, 0], job.output()
+    assert "[0] a rank of 2 did not come within 3 s; start the job again" in job.output()
+
+
+def test_ranks_that_were_started_differently_are_refused(tmp_path):
+    """They would wait for each other in vain, or learn from different data."""
+    data, out = tiny.text_file(tmp_path), tmp_path / "run"
+    (tmp_path / "other.txt").write_text(tiny.TEXT[::-1])
+
+    def start(config, options, data):
+        return lambda: train("gpt", tiny.config(**config), tiny.options(**options), data, out)
+
+    other = dataclasses.replace(data, data=str(tmp_path / "other.txt"))
+    for settings, told in (
+        (({"steps": 5}, {}, data), "train.steps is 5 there, 6 asked for"),
+        (({}, {"checkpoint_every": 3}, data), "options.checkpoint_every is 3 there, 2 asked for"),
+        (({}, {}, other), "data_sha256 is "),
+    ):
+        starts = [start({}, {}, data), start(*settings)]
+        ranks = job(2, out, lambda _: None, lambda starts=starts: starts[int(os.environ["RANK"])]())
+        assert ranks.wait() == [2, 2], ranks.output()
+        assert ranks.output().count("rank 1 was started otherwise than rank 0: ") == 2
+        assert told in ranks.output()
+        assert not out.exists()
+        ranks.log.unlink()
 
 
 def poison(trainer):
