@@ -26,10 +26,13 @@ from torch.distributed.tensor import DTensor
 from nsphere.cli import _explain
 from nsphere.compare import CompareConfig, compare
 from nsphere.train.checkpoint import CheckpointSaver, load_checkpoint
-from nsphere.train.distributed import Layout
+from nsphere.train.config import resolve
+from nsphere.train.data import load_corpus
+from nsphere.train.distributed import Layout, start
 from nsphere.train.files import RunLock, read_jsonl
 from nsphere.train.loop import train
 from nsphere.train.ranks import Ranks
+from nsphere.train.timing import time_steps
 from nsphere.train.trainer import Trainer
 
 STEPS = 6
@@ -428,3 +431,30 @@ def test_a_comparison_of_two_ranks_is_that_of_one_process(tmp_path, monkeypatch)
         assert a["num_parameters"] == b["num_parameters"] and b["step_time_ms_median"] > 0
         assert (a["peak_memory_bytes"] is None) == (b["peak_memory_bytes"] is None)
     assert (tmp_path / "two" / "report.html").exists()
+
+
+def test_two_arms_are_timed_by_turns_on_all_ranks(tmp_path):
+    """The slowest rank's time counts, every rank gets the same, and each round begins with the next arm."""
+    data = tiny.text_file(tmp_path)
+    order = "gpt ngpt gpt ngpt | gpt ngpt | ngpt gpt | gpt ngpt | gpt ngpt".replace("| ", "").split()
+
+    def work():
+        turns, step = [], Trainer.step
+
+        def counted(self):
+            turns.append(self.arm)
+            time.sleep(0.3 * (self.arm == "ngpt" and self.world.rank == 1))
+            return step(self)
+
+        Trainer.step = counted
+        with start(Layout(timeout=500), "cpu") as world:
+            corpus, options = load_corpus(data), tiny.options(micro_batch_size=1)
+            trainers = {
+                arm: Trainer(arm, resolve(arm, tiny.config()), options, corpus, world) for arm in ("gpt", "ngpt")
+            }
+            costs = time_steps(trainers, 3)
+            assert world.all(lambda: costs) == [costs, costs]
+            assert costs["ngpt"].step_time_ms_median > 300
+        assert turns == order, turns
+
+    finish(job(2, tmp_path / "timed", lambda _: None, work))
