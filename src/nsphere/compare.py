@@ -174,10 +174,10 @@ def compare(
             world.all(lambda: _check_folder(out, resume))
             corpus = world.first_then_all(lambda: load_corpus(data, cache_dir=data_cache()))
             comparison = _Comparison(what, arms, options, data, corpus, out, lr_source(config, arms, rates), world)
-            comparison.check()
             wanted = comparison.record()
             settings = {**dataclasses.asdict(options), "timing_rounds": what.timing_rounds}
             check_agreement(world, {**wanted, "options": settings})
+            comparison.check()
 
             def begin() -> None:
                 held.enter_context(RunLock(out))

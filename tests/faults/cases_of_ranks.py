@@ -291,13 +291,13 @@ def test_a_rank_that_fails_is_named_with_its_reason(tmp_path):
     assert "[0] rank 1 stopped in step 3: RuntimeError: the device is on fire; the job ends" in job.output()
 
 
-def test_a_disk_that_is_full_for_the_metrics_names_the_rank(tmp_path):
-    def no_room(_):
-        raise OSError(28, "No space left on device")
+def test_a_rank_whose_disk_fails_is_named_with_its_reason(tmp_path):
+    def fail(_):
+        raise OSError(5, "Input/output error")
 
-    job = run(2, tmp_path / "run", data=tiny.text_file(tmp_path), before=lambda rank: failing(rank, no_room, who=0))
-    assert job.wait() == [1, 75], job.output()
-    assert "[1] rank 0 stopped in step 3: OSError: [Errno 28] No space left on device; the job ends" in job.output()
+    job = run(2, tmp_path / "run", data=tiny.text_file(tmp_path), before=lambda rank: failing(rank, fail))
+    assert job.wait() == [75, 1], job.output()
+    assert "[0] rank 1 stopped in step 3: OSError: [Errno 5] Input/output error; the job ends" in job.output()
 
 
 def test_a_rank_that_dies_before_the_run_begins_is_named(tmp_path):
@@ -327,12 +327,13 @@ def test_ranks_that_were_started_differently_are_refused(tmp_path):
     (tmp_path / "other.txt").write_text(tiny.TEXT[::-1])
 
     def start(config, options, data):
-        return lambda: train("gpt", tiny.config(**config), tiny.options(**options), data, out)
+        return lambda: train("gpt", tiny.config(**config), tiny.options(micro_batch_size=1, **options), data, out)
 
     other = dataclasses.replace(data, data=str(tmp_path / "other.txt"))
     for settings, told in (
         (({"steps": 5}, {}, data), "train.steps is 5 there, 6 asked for"),
         (({}, {"checkpoint_every": 3}, data), "options.checkpoint_every is 3 there, 2 asked for"),
+        (({"batch_size": 5}, {}, data), "train.batch_size is 5 there, 4 asked for"),
         (({}, {}, other), "data_sha256 is "),
     ):
         starts = [start({}, {}, data), start(*settings)]

@@ -168,9 +168,11 @@ def train(
             world.all(lambda: check_run_folder(out, resume))
             if corpus is None:
                 corpus = world.first_then_all(lambda: load_corpus(data, cache_dir=data_cache()))
+            settings: dict[str, Any] = {"train": config, "data": data, "options": options}
+            asked = {name: dataclasses.asdict(given) for name, given in settings.items()}
+            check_agreement(world, {"arm": arm, **asked, "data_sha256": corpus.sha256})
             trainer = Trainer(arm, config, options, corpus, world)
             wanted = record(arm, config, data, trainer.model_config)
-            check_agreement(world, {**wanted, "data_sha256": corpus.sha256, "options": dataclasses.asdict(options)})
             done = world.first(lambda: _earlier(out, wanted))
             if done is not None:
                 say(f"{out}: finished before, validation loss {done.final_val_loss:.4f}")
