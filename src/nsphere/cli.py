@@ -91,7 +91,7 @@ def _explain(error: Exception) -> tuple[str, int] | None:
 
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
         return f"out of memory; give a smaller --micro-batch-size ({error})", 1
-    from nsphere.train.roll_call import LostRank
+    from nsphere.train.ranks import LostRank
     from nsphere.train.signals import Interrupted
     from nsphere.train.trainer import NonFinite
 
@@ -159,7 +159,7 @@ def _one_line(box: str, name: str) -> str:
         "Unrecognized options Unrecognized", "unrecognized"
     )
     # the group that a flag belongs to is of no concern to who typed it
-    text = re.sub(r"Error parsing (what|config|data|options|sampling): ", "", text)
+    text = re.sub(r"Error parsing (what|config|data|options(\.layout)?|sampling): ", "", text)
     # the choices come in an order that changes from run to run, with the None of a flag that was not given
     text = re.sub(
         r"Expected one of \((.*?)\)",

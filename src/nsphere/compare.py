@@ -30,7 +30,16 @@ from nsphere.train.data import Corpus, DataConfig, load_corpus
 from nsphere.train.distributed import World, start
 from nsphere.train.files import RunLock, atomic_write_json, atomic_write_text, read_jsonl
 from nsphere.train.inspection import inspect_model
-from nsphere.train.loop import ENVIRONMENT_FILE, Result, check_same, check_writable, data_cache, one_voice, train
+from nsphere.train.loop import (
+    ENVIRONMENT_FILE,
+    Result,
+    check_agreement,
+    check_same,
+    check_writable,
+    data_cache,
+    one_voice,
+    train,
+)
 from nsphere.train.machine import choose_device, environment
 from nsphere.train.metrics import METRICS_FILE
 from nsphere.train.parallelize import check_layout
@@ -158,23 +167,29 @@ def compare(
         start(options.layout, options.device) as world,
         process_settings(options, world.device),
         one_voice(world),
+        RollCall(world, f"; start it again with --resume on {out}") as roll_call,
         contextlib.ExitStack() as held,
     ):
-        world.all(lambda: _check_folder(out, resume))
-        corpus = world.first_then_all(lambda: load_corpus(data, cache_dir=data_cache()))
-        comparison = _Comparison(what, arms, options, data, corpus, out, lr_source(config, arms, rates), world)
-        comparison.check()
-        wanted = comparison.record()
+        with roll_call.during("the preparation"):
+            world.all(lambda: _check_folder(out, resume))
+            corpus = world.first_then_all(lambda: load_corpus(data, cache_dir=data_cache()))
+            comparison = _Comparison(what, arms, options, data, corpus, out, lr_source(config, arms, rates), world)
+            wanted = comparison.record()
+            settings = {**dataclasses.asdict(options), "timing_rounds": what.timing_rounds}
+            check_agreement(world, {**wanted, "options": settings})
+            comparison.check()
 
-        def begin() -> None:
-            if (out / COMPARE_FILE).exists():
-                check_same(out, _read(out / COMPARE_FILE), wanted, "comparison")
-            held.enter_context(RunLock(out))
-            atomic_write_json(out / COMPARE_FILE, wanted)
+            def begin() -> None:
+                held.enter_context(RunLock(out))
+                _check_folder(out, resume)  # again: another job may have been here since
+                if (out / COMPARE_FILE).exists():
+                    check_same(out, _read(out / COMPARE_FILE), wanted, "comparison")
+                atomic_write_json(out / COMPARE_FILE, wanted)
 
-        held.enter_context(StopRequest())
-        world.first(begin)
-        results, costs, trainers = comparison.run()
+            held.enter_context(StopRequest())
+            world.first(begin)
+        with roll_call.during("the comparison"):
+            results, costs, trainers = comparison.run(roll_call)
         if not world.is_first:
             return None
         summary = comparison.summary(results, costs, trainers)
@@ -260,7 +275,7 @@ class _Comparison:
         """What the samples continue."""
         return "def " if self.what.prompt is None else self.what.prompt
 
-    def run(self) -> tuple[dict[str, dict[int, Result]], dict[str, StepCost], dict[str, Trainer]]:
+    def run(self, roll_call: RollCall) -> tuple[dict[str, dict[int, Result]], dict[str, StepCost], dict[str, Trainer]]:
         """Everything that all ranks do together: the sweeps, the runs, and the timing, with the trainers it used."""
         results: dict[str, dict[int, Result]] = {}
         for arm in self.arms:
@@ -269,7 +284,7 @@ class _Comparison:
             results[arm] = {seed: self._train(arm, self._lr(arm), seed) for seed in self._seeds(arm)}
         say(f"timing {self.what.timing_rounds} steps of each arm, by turns")
         trainers = {arm: self._trainer(arm) for arm in self.arms}
-        with RollCall(self.world, self._again) as roll_call, roll_call.during("the timing"):
+        with roll_call.during("the timing"):
             costs = time_steps(trainers, self.what.timing_rounds)
         self._stop_if_asked("the timing")
         return results, costs, trainers
@@ -307,10 +322,6 @@ class _Comparison:
             },
             "limits": self._limits(facts),
         }
-
-    @property
-    def _again(self) -> str:
-        return f"; start it again with --resume on {self.out}"
 
     def _stop_if_asked(self, after: str) -> None:
         """Leave on all ranks if a signal came to one: training stops for it only between two steps of a run."""

@@ -66,13 +66,19 @@ def parallelize_qk_norm(qk_norm: QKNorm, mesh: DeviceMesh) -> None:
         mesh: of one axis, over which q's heads are split in order.
 
     Raises:
-        ValueError: heads that the ranks can't share evenly, or a norm or multiplier whose parts are unknown.
+        ValueError: heads that the ranks can't share evenly, a norm or multiplier whose parts are unknown, or a norm
+            over all heads on one side alone or that rounds between its steps.
     """
     ranks = mesh.size()
     heads, kv_heads = qk_norm.num_heads, qk_norm.num_kv_heads
     if heads is None or kv_heads is None:
         raise ValueError("a QKNorm that is split among ranks needs to know its heads; give num_heads")
     check_heads(heads, kv_heads, ranks)
+    if isinstance(qk_norm.over, int) and qk_norm.over > qk_norm.head_dim:
+        raise ValueError(f"over={qk_norm.over} spans heads of several ranks; use head or full")
+    is_full = qk_norm.over == "full" and not (qk_norm.q_norm is None and qk_norm.k_norm is None)
+    if is_full:
+        _check_full_width(qk_norm)
     copies = max(1, ranks // kv_heads)
     for norm, rows, shared_by in ((qk_norm.q_norm, heads, 1), (qk_norm.k_norm, kv_heads, copies)):
         _split_norm(norm, qk_norm, rows, shared_by, mesh)
@@ -83,12 +89,32 @@ def parallelize_qk_norm(qk_norm: QKNorm, mesh: DeviceMesh) -> None:
         elif isinstance(factor, Tensor):
             raise ValueError("a multiplier that is a bare tensor can't be split among ranks; use LearnedMultiplier")
     qk_norm.num_heads, qk_norm.num_kv_heads = heads // ranks, max(1, kv_heads // ranks)
-    if qk_norm.over == "full" and qk_norm.q_norm is not None:
+    if is_full:
         widths = heads * qk_norm.head_dim, kv_heads * qk_norm.head_dim
         qk_norm.__class__ = type(type(qk_norm).__name__, (_FullWidth, type(qk_norm)), {})
         qk_norm.group, qk_norm.widths, qk_norm.copies = mesh.get_group(), widths, copies  # type: ignore[assignment]
-    elif isinstance(qk_norm.over, int) and qk_norm.over > qk_norm.head_dim:
-        raise ValueError(f"over={qk_norm.over} spans heads of several ranks; use head or full")
+
+
+def _check_full_width(qk_norm: QKNorm) -> None:
+    """Refuse what `_FullWidth`, which computes in fp32 and rounds once, would do otherwise than asked."""
+    for norm in (qk_norm.q_norm, qk_norm.k_norm):
+        if norm is None:
+            raise ValueError("a norm over all heads of q or k alone can't be split among ranks; give both one, or tp 1")
+        if not is_plain(norm):
+            raise ValueError(
+                f"{type(norm).__name__} over all heads is no built-in norm, so it is unknown what its ranks have to "
+                'sum; use l2, rms or layer, over="head", or tp 1'
+            )
+        if norm.spec.weight_cast != "fused":
+            raise ValueError(
+                f"a norm over all heads with weight_cast={norm.spec.weight_cast!r} rounds between its steps, which "
+                'ranks that share it do not; use "fused", or tp 1'
+            )
+    if qk_norm.multiplier_dtype != "float32" or qk_norm.multiplier_place != "last":
+        raise ValueError(
+            f'multiplier_dtype="{qk_norm.multiplier_dtype}" and multiplier_place="{qk_norm.multiplier_place}" can\'t '
+            'be had with a norm over all heads that ranks share; use "float32" and "last", or tp 1'
+        )
 
 
 def check_heads(heads: int, kv_heads: int, ranks: int) -> None:
@@ -114,11 +140,6 @@ def _split_norm(norm: nn.Module | None, owner: QKNorm, rows: int, shared_by: int
     if not is_plain(norm):
         _hold_whole(norm, owner, mesh)
         return
-    if owner.over == "full" and norm.spec.weight_cast not in ("fused", "before"):
-        raise ValueError(
-            f"a norm over all heads with weight_cast={norm.spec.weight_cast!r} can't be split among ranks; "
-            'use "fused" or "before"'
-        )
     kind = norm.spec.weight
     per_head = kind in ("per_head", "full", "scalar_per_head") or (kind == "shared" and owner.over == "full")
     names = [name for name, _ in norm.named_parameters(recurse=False)]
@@ -130,17 +151,12 @@ def _split_norm(norm: nn.Module | None, owner: QKNorm, rows: int, shared_by: int
         head = mesh.get_local_rank() // shared_by
         split(norm, mesh, {}, lambda w: w.unflatten(0, (rows, -1))[head : head + 1].flatten(0, 1))
     if norm.num_heads is not None:
-        norm.num_heads = max(1, norm.num_heads // mesh.size())
+        norm.num_heads = norm.num_heads * max(1, rows // mesh.size()) // rows
 
 
 def _hold_whole(norm: nn.Module, owner: QKNorm, mesh: DeviceMesh) -> None:
     """A norm of the user's own: over a head it acts on this rank's heads as on any, if its weights are of all heads."""
     name = type(norm).__name__
-    if owner.over == "full":
-        raise ValueError(
-            f"{name} over all heads is no built-in norm, so it is unknown what its ranks have to sum; use l2, rms or "
-            'layer, over="head", or tp 1'
-        )
     for parameter, p in norm.named_parameters():
         if p.dim() > 1 or p.numel() > owner.head_dim:
             raise ValueError(

@@ -91,6 +91,11 @@ def test_four_ranks_train_as_one_process(four: dict[str, Any]) -> None:
     assert {run: d for run, d in four["parity"].items() if not close(d)} == {}
 
 
+def test_a_rank_s_part_of_a_qk_norm_is_that_part_of_the_whole(two: dict[str, Any]) -> None:
+    assert len(two["qk_norm_parts"]) == 14
+    assert {name: d for name, d in two["qk_norm_parts"].items() if not d < 5e-6} == {}
+
+
 def test_the_same_bits_twice(two: dict[str, Any], four: dict[str, Any]) -> None:
     same = two["same_twice"] | four["same_twice"]
     assert same == dict.fromkeys(same, True)

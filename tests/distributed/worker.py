@@ -3,6 +3,7 @@
 torchrun --nproc-per-node N worker.py FOLDER
 """
 
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ from traffic import counted
 from nsphere.collectives import local, split_axes
 from nsphere.hypersphere import assert_on_hypersphere, max_norm_deviation, project_what_is_off_, sphere_matrices
 from nsphere.norms import register_norm
+from nsphere.qk_norm import LearnedMultiplier, QKNorm
+from nsphere.rope import RopeSpec
+from nsphere.tensor_parallel import parallelize_qk_norm
 from nsphere.train import scaling
 from nsphere.train.config import resolve
 from nsphere.train.data import DataConfig, load_corpus
@@ -217,6 +221,57 @@ class OwnPerHead(OwnNorm):
         self.weight = torch.nn.Parameter(torch.ones(num_heads, dim))
 
 
+PARTS: dict[str, dict[str, Any]] = {
+    "shared": {"q": "rms"},
+    "per head": {"q": "rms", "weight": "per_head", "multiplier": True},
+    "scalar per head": {"q": "l2", "weight": "scalar_per_head"},
+    "groups in a head": {"q": "rms", "over": 4, "weight": "per_head", "weight_cast": "before"},
+    "a slice of a head": {"q": "layer", "over": (0, 6), "weight": "per_head", "bias": True},
+    "all heads": {"q": "rms", "over": "full", "weight": "shared", "multiplier": True},
+    "all heads, centred": {"q": "layer", "over": "full", "weight": "shared", "bias": True, "place": "after"},
+}
+
+
+def qk_norm_parts(world: World) -> dict[str, float]:
+    """The largest difference of this rank's part of a QKNorm, forward and backward, from the whole one's."""
+    assert world.mesh is not None
+    mesh, found = world.mesh["tp"], {}
+    for kv_heads in (4, 1):
+        for name, options in PARTS.items():
+            torch.manual_seed(0)
+            options = dict(options)
+            if options.pop("multiplier", False):
+                options["multiplier"] = LearnedMultiplier((4, 1))
+            rope = RopeSpec(8)
+            whole = QKNorm(head_dim=8, num_heads=4, num_kv_heads=kv_heads, rope=rope, backend="reference", **options)
+            for p in whole.parameters():
+                torch.nn.init.uniform_(p, 0.5, 1.5)
+            part = copy.deepcopy(whole)
+            parallelize_qk_norm(part, mesh)
+            tables = rope.tables(torch.arange(5))
+            inputs = torch.randn(2, 5, 4, 8), torch.randn(2, 5, kv_heads, 8)
+            weights = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 4, 8)
+            here = slice(2 * world.tp_rank, 2 * world.tp_rank + 2)
+            keys = here if kv_heads == 4 else slice(0, 1)
+            ends = []
+            for norm, cuts in ((whole, (slice(None),) * 2), (part, (here, keys))):
+                q, k = (x[:, :, cut].clone().requires_grad_() for x, cut in zip(inputs, cuts, strict=True))
+                y, z = norm(q, k, rope=tables)
+                uses = weights[0][:, :, cuts[0]], weights[1][:, :, cuts[0]]
+                # every head of q uses its key head, as in attention
+                keys_used = z.repeat_interleave(uses[1].shape[2] // z.shape[2], 2)
+                (y * uses[0] + keys_used * uses[1]).sum().backward()
+                ends.append((y, z, q.grad, k.grad))
+            k_grad = ends[1][3]
+            if kv_heads == 1:  # two ranks hold this head, and each has the gradient of its own queries
+                k_grad = sum(world.all(lambda k_grad=k_grad: k_grad))
+            got = (*ends[1][:3], k_grad)
+            cuts = here, keys, here, keys
+            pairs = zip(got, (whole_[:, :, cut] for whole_, cut in zip(ends[0], cuts, strict=True)), strict=True)
+            found[f"{name}, {kv_heads} key heads"] = max((a - b).abs().max().item() for a, b in pairs)
+    return {name: max(world.all(lambda name=name: found[name])) for name in found}
+
+
 def refusal(make: Callable[[], Any]) -> str:
     try:
         make()
@@ -261,6 +316,7 @@ def two_ranks(job: Job) -> dict[str, Any]:
             with applied(mutation):
                 broken = job.against_one(mutation.arm, world, 2, **mutation.shape)
             found["mutations"][name] = {"sound": sound, "broken": broken}
+        found["qk_norm_parts"] = qk_norm_parts(tp)
         found["sphere fsdp"] = on_the_sphere(job, fsdp, d_mlp=33)
         for arm in ("gpt", "ngpt"):
             found["sent"][f"{arm} fsdp"] = sent(job, arm, fsdp)

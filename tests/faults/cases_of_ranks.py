@@ -4,6 +4,7 @@ Ranks are forked, which needs a process in which nothing was differentiated befo
 them.
 """
 
+import dataclasses
 import json
 import os
 import resource
@@ -25,10 +26,13 @@ from torch.distributed.tensor import DTensor
 from nsphere.cli import _explain
 from nsphere.compare import CompareConfig, compare
 from nsphere.train.checkpoint import CheckpointSaver, load_checkpoint
-from nsphere.train.distributed import Layout
+from nsphere.train.config import resolve
+from nsphere.train.data import load_corpus
+from nsphere.train.distributed import Layout, start
 from nsphere.train.files import RunLock, read_jsonl
 from nsphere.train.loop import train
 from nsphere.train.ranks import Ranks
+from nsphere.train.timing import time_steps
 from nsphere.train.trainer import Trainer
 
 STEPS = 6
@@ -287,6 +291,60 @@ def test_a_rank_that_fails_is_named_with_its_reason(tmp_path):
     assert "[0] rank 1 stopped in step 3: RuntimeError: the device is on fire; the job ends" in job.output()
 
 
+def test_a_rank_whose_disk_fails_is_named_with_its_reason(tmp_path):
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    job = run(2, tmp_path / "run", data=tiny.text_file(tmp_path), before=lambda rank: failing(rank, fail))
+    assert job.wait() == [75, 1], job.output()
+    assert "[0] rank 1 stopped in step 3: OSError: [Errno 5] Input/output error; the job ends" in job.output()
+
+
+def test_a_rank_that_dies_before_the_run_begins_is_named(tmp_path):
+    def doomed(rank):
+        if rank == 1:
+            Trainer.__init__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+    job = run(2, tmp_path / "run", data=tiny.text_file(tmp_path), before=doomed)
+    assert job.wait() == [75, -9], job.output()
+    assert "[0] rank 1 died or hangs in the preparation; the job ends in the preparation" in job.output()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_never_comes_ends_the_job(tmp_path):
+    def away(rank):
+        if rank == 1:
+            os._exit(0)
+
+    job = run(2, tmp_path / "run", data=tiny.text_file(tmp_path), layout=Layout(timeout=3), before=away)
+    assert job.wait() == [75, 0], job.output()
+    assert "[0] a rank of 2 did not come within 3 s; start the job again" in job.output()
+
+
+def test_ranks_that_were_started_differently_are_refused(tmp_path):
+    """They would wait for each other in vain, or learn from different data."""
+    data, out = tiny.text_file(tmp_path), tmp_path / "run"
+    (tmp_path / "other.txt").write_text(tiny.TEXT[::-1])
+
+    def start(config, options, data):
+        return lambda: train("gpt", tiny.config(**config), tiny.options(micro_batch_size=1, **options), data, out)
+
+    other = dataclasses.replace(data, data=str(tmp_path / "other.txt"))
+    for settings, told in (
+        (({"steps": 5}, {}, data), "train.steps is 5 there, 6 asked for"),
+        (({}, {"checkpoint_every": 3}, data), "options.checkpoint_every is 3 there, 2 asked for"),
+        (({"batch_size": 5}, {}, data), "train.batch_size is 5 there, 4 asked for"),
+        (({}, {}, other), "data_sha256 is "),
+    ):
+        starts = [start({}, {}, data), start(*settings)]
+        ranks = job(2, out, lambda _: None, lambda starts=starts: starts[int(os.environ["RANK"])]())
+        assert ranks.wait() == [2, 2], ranks.output()
+        assert ranks.output().count("rank 1 was started otherwise than rank 0: ") == 2
+        assert told in ranks.output()
+        assert not out.exists()
+        ranks.log.unlink()
+
+
 def poison(trainer):
     """The gradient of this rank alone is not finite: its loss is."""
     parameter = next(p for p in trainer.model.parameters() if p.dim() < 2)
@@ -374,3 +432,30 @@ def test_a_comparison_of_two_ranks_is_that_of_one_process(tmp_path, monkeypatch)
         assert a["num_parameters"] == b["num_parameters"] and b["step_time_ms_median"] > 0
         assert (a["peak_memory_bytes"] is None) == (b["peak_memory_bytes"] is None)
     assert (tmp_path / "two" / "report.html").exists()
+
+
+def test_two_arms_are_timed_by_turns_on_all_ranks(tmp_path):
+    """The slowest rank's time counts, every rank gets the same, and each round begins with the next arm."""
+    data = tiny.text_file(tmp_path)
+    order = "gpt ngpt gpt ngpt | gpt ngpt | ngpt gpt | gpt ngpt | gpt ngpt".replace("| ", "").split()
+
+    def work():
+        turns, step = [], Trainer.step
+
+        def counted(self):
+            turns.append(self.arm)
+            time.sleep(0.3 * (self.arm == "ngpt" and self.world.rank == 1))
+            return step(self)
+
+        Trainer.step = counted
+        with start(Layout(timeout=500), "cpu") as world:
+            corpus, options = load_corpus(data), tiny.options(micro_batch_size=1)
+            trainers = {
+                arm: Trainer(arm, resolve(arm, tiny.config()), options, corpus, world) for arm in ("gpt", "ngpt")
+            }
+            costs = time_steps(trainers, 3)
+            assert world.all(lambda: costs) == [costs, costs]
+            assert costs["ngpt"].step_time_ms_median > 300
+        assert turns == order, turns
+
+    finish(job(2, tmp_path / "timed", lambda _: None, work))

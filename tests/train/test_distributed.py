@@ -1,7 +1,13 @@
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from nsphere.train.distributed import Layout, World, start
+from nsphere.train.distributed import Layout, World, name_of_this_start, start
+from nsphere.train.ranks import LostRank
 
 
 @pytest.mark.parametrize(
@@ -44,3 +50,31 @@ def test_one_process_is_a_world_of_one() -> None:
 def test_a_rank_s_place() -> None:
     world = World(Layout(dp_replicate=2, dp_shard=3, tp=4), torch.device("cpu"))
     assert (world.dp, world.tp) == (6, 4)
+
+
+def meet(store: dist.Store, size: int, order: list[int], seconds: float = 30.0) -> dict[int, Future[str]]:
+    """What each rank calls this start, as threads that come one after the other."""
+    with ThreadPoolExecutor(size) as pool:
+        come: dict[int, Future[str]] = {}
+        for rank in order:
+            come[rank] = pool.submit(name_of_this_start, store, rank, size, timedelta(seconds=seconds))
+            threading.Event().wait(0.12)
+    return come
+
+
+def test_ranks_started_again_on_one_store_take_no_answer_from_before() -> None:
+    store, names = dist.HashStore(), set()
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2], [2, 0, 1]):
+        told = {come.result() for come in meet(store, 3, order).values()}
+        assert len(told) == 1 and told.isdisjoint(names), order
+        names |= told
+
+
+def test_a_rank_that_never_comes_is_named() -> None:
+    store = dist.HashStore()
+    meet(store, 3, [0, 1, 2])  # an earlier start, with all of them
+    come = meet(store, 3, [1, 0], seconds=1.0)
+    with pytest.raises(LostRank, match="^rank 2 of 3 did not come within 1 s; start the job again$"):
+        come[0].result()
+    with pytest.raises(LostRank, match="^a rank of 3 did not come within 1 s; start the job again$"):
+        come[1].result()

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -13,11 +14,12 @@ import pytest
 import tiny
 import torch
 
-from nsphere.train.checkpoint import load_checkpoint
+from nsphere.train.checkpoint import CheckpointSaver, load_checkpoint
 from nsphere.train.config import RunOptions, TrainConfig, resolve
 from nsphere.train.data import DataConfig, load_corpus
-from nsphere.train.files import read_jsonl
+from nsphere.train.files import RunLock, read_jsonl
 from nsphere.train.loop import train
+from nsphere.train.roll_call import RollCall
 from nsphere.train.signals import Interrupted
 from nsphere.train.trainer import NonFinite, Trainer, process_settings
 
@@ -232,6 +234,43 @@ def test_another_run_is_never_written_over(tmp_path, data) -> None:
     with pytest.raises(ValueError, match="is a file"):
         train("gpt", tiny.config(), tiny.options(), data, tmp_path / "file" / "run")
     assert before == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.name != ".lock")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_another_run_that_came_meanwhile_is_not_taken_over(tmp_path, data, monkeypatch, resume) -> None:
+    """Between the first look at the folder and its lock another job makes a run there and ends."""
+    enter, out = RunLock.__enter__, tmp_path / "run"
+
+    def late(self):
+        monkeypatch.setattr(RunLock, "__enter__", enter)
+        train("gpt", tiny.config(seed=1), tiny.options(), data, out)
+        return enter(self)
+
+    monkeypatch.setattr(RunLock, "__enter__", late)
+    with pytest.raises(ValueError, match="another run" if resume else "exists; give --resume"):
+        train("gpt", tiny.config(), tiny.options(), data, out, resume=resume)
+    assert json.loads((out / "config.json").read_text())["train"]["seed"] == 1
+
+
+def test_only_training_steps_are_watched_for_hanging(tmp_path, data, monkeypatch) -> None:
+    """An evaluation or a save may take longer than the ranks' timeout, and the first step compiles."""
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def watched(self, what):
+        inside.append(what)
+        yield
+        inside.pop()
+
+    def look(name, do):
+        return lambda self, *args, **kwargs: (seen.append((name, *inside)), do(self, *args, **kwargs))[1]
+
+    monkeypatch.setattr(RollCall, "watched", watched)
+    for owner, name in ((Trainer, "step"), (Trainer, "evaluate"), (CheckpointSaver, "save")):
+        monkeypatch.setattr(owner, name, look(name, getattr(owner, name)))
+    train("gpt", tiny.config(), tiny.options(), data, tmp_path / "run")
+    assert {e for e in seen if e[0] != "step"} == {("evaluate",), ("save",)}
+    assert [e for e in seen if e[0] == "step"] == [("step",), *(("step", f"step {i}") for i in range(2, 7))]
 
 
 def test_other_data_under_the_same_name_is_noticed(tmp_path, data) -> None:

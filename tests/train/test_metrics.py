@@ -115,6 +115,22 @@ def test_a_tracker_that_is_not_installed_is_said_before_any_work(tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
+def test_tensorboard_forgets_what_a_start_that_saved_nothing_wrote(tmp_path):
+    """A run that begins again from scratch, and one that goes on after step 2: each step is there once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def seen(step, steps, loss):
+        with Metrics(tmp_path, step, writes=True, tensorboard=True, track=None, config={}) as metrics:
+            for at in steps:
+                metrics.write(at, "train", loss=loss)
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        return [(e.step, e.value) for e in events.Scalars("train/loss")]
+
+    assert seen(None, [0, 1, 2, 3], 1.0) == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0)]
+    assert seen(None, [0, 1, 2, 3], 2.0) == [(0, 2.0), (1, 2.0), (2, 2.0), (3, 2.0)]
+    assert seen(2, [3, 4], 3.0) == [(0, 2.0), (1, 2.0), (2, 2.0), (3, 3.0), (4, 3.0)]
+
+
 def test_other_ranks_write_nothing(tmp_path):
     with Metrics(tmp_path, None, writes=False, tensorboard=True, track="wandb", config={}) as metrics:
         metrics.write(1, "train", loss=1.0)

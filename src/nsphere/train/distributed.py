@@ -11,6 +11,8 @@ One process without torchrun is a world of one, with the same methods.
 
 import contextlib
 import os
+import secrets
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nsphere.collectives import sum_totals
 from nsphere.train.machine import choose_device
-from nsphere.train.ranks import ALONE, Ranks
+from nsphere.train.ranks import ALONE, LostRank, Ranks, is_communication_error
 
 AXES = ("dp_replicate", "dp_shard", "tp")
 
@@ -143,6 +145,7 @@ def start(layout: Layout, device_name: str = "auto") -> Iterator[World]:
 
     Raises:
         ValueError: the layout does not fit the number of ranks, or no such device.
+        LostRank: not all of them came within the layout's timeout.
     """
     size = launched_world_size()
     layout = layout.resolve(size)
@@ -153,39 +156,88 @@ def start(layout: Layout, device_name: str = "auto") -> Iterator[World]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    wait = timedelta(seconds=layout.timeout)
     joined = dist.is_initialized()
-    if not joined:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend,
-            timeout=wait,
-            device_id=device if device.type == "cuda" else None,
-            store=_store(wait),
-            rank=launched_rank(),
-            world_size=size,
-        )
     try:
+        yield _arrive(layout, device, joined)
+    finally:
+        if not joined and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _arrive(layout: Layout, device: torch.device, joined: bool) -> World:
+    """Meet the other ranks, unless the process group is there, and arrange them."""
+    wait = timedelta(seconds=layout.timeout)
+    try:
+        if not joined:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                timeout=wait,
+                device_id=device if device.type == "cuda" else None,
+                store=_store(wait),
+                rank=launched_rank(),
+                world_size=launched_world_size(),
+            )
         shape = (layout.dp_replicate, layout.dp_shard or 1, layout.tp)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
         for axis in AXES:
             _set_timeout(wait, mesh.get_group(axis))
         decisions, beside = (dist.new_group(backend="gloo", timeout=wait) for _ in range(2))
-        yield World(layout, device, mesh, decisions, Ranks(beside))
-    finally:
-        if not joined:
-            dist.destroy_process_group()
+    except RuntimeError as error:
+        if not is_communication_error(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise LostRank(f"{_late('a rank', launched_world_size(), wait)} ({reason})") from error
+    return World(layout, device, mesh, decisions, Ranks(beside))
+
+
+def _late(who: str, size: int, wait: timedelta) -> str:
+    return f"{who} of {size} did not come within {wait.total_seconds():g} s; start the job again"
 
 
 def _store(wait: timedelta) -> dist.Store:
-    """The store that torchrun keeps, without what the ranks of an earlier start left in it.
-
-    torchrun keeps one store over restarts on one node, and gloo would read the addresses of ranks that are gone.
-    Several nodes number their restarts apart, so there the name must not differ, and torchrun's rendezvous has to do.
-    """
+    """The job's store, without what the ranks of an earlier start left in it."""
     store, _, _ = next(dist.rendezvous("env://", timeout=wait))
-    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0", store)
+    return dist.PrefixStore(name_of_this_start(store, launched_rank(), launched_world_size(), wait), store)
+
+
+def name_of_this_start(store: dist.Store, rank: int, size: int, wait: timedelta) -> str:
+    """A name that all ranks of this start of the job agree on, and that no earlier start had.
+
+    torchrun keeps one store over its restarts, on which gloo would read the addresses of ranks that are gone, and the
+    nodes of a job don't number their restarts alike. So rank 0 calls with a word just made up; each rank answers that
+    call with a word of its own, and begins when it finds this confirmed: neither end can be from before.
+
+    Raises:
+        LostRank: not all came in time; rank 0 knows which.
+    """
+    mine, end = secrets.token_hex(8), time.monotonic() + wait.total_seconds()
+
+    def read(key: str) -> str:
+        return store.get(f"nsphere/{key}").decode() if store.check([f"nsphere/{key}"]) else ""
+
+    if rank > 0:
+        answered = ""
+        while not (name := read(f"begin/{mine}")):
+            if time.monotonic() > end:
+                raise LostRank(_late("a rank", size, wait))
+            if (call := read("call")) != answered:
+                store.set(f"nsphere/answer/{rank}", f"{call} {mine}")
+                answered = call
+            time.sleep(0.05)
+        return name
+    store.set("nsphere/call", mine)
+    words: dict[int, str] = {}
+    while missing := [other for other in range(1, size) if other not in words]:
+        if time.monotonic() > end:
+            raise LostRank(_late(f"rank {', '.join(map(str, missing))}", size, wait))
+        for other in missing:
+            call, _, word = read(f"answer/{other}").partition(" ")
+            if call == mine:
+                words[other] = word
+        time.sleep(0.05)
+    for word in words.values():
+        store.set(f"nsphere/begin/{word}", mine)
+    return mine
 
 
 def _set_timeout(wait: timedelta, group: Any) -> None:

@@ -157,21 +157,52 @@ def train(
     micro_batch_size(config, options)
     check_tracker(options.track)
     joined = start(options.layout, options.device) if world is None else contextlib.nullcontext(world)
-    with joined as world, process_settings(options, world.device), one_voice(world):
-        world.all(lambda: check_run_folder(out, resume))
-        if corpus is None:
-            corpus = world.first_then_all(lambda: load_corpus(data, cache_dir=data_cache()))
-        trainer = Trainer(arm, config, options, corpus, world)
-        wanted = record(arm, config, data, trainer.model_config)
-        done = world.first(lambda: _earlier(out, wanted))
-        if done is not None:
-            say(f"{out}: finished before, validation loss {done.final_val_loss:.4f}")
-            return done
-        if config.init_from is not None and world.first(lambda: latest_checkpoint(out)) is None:
-            _start_from(trainer, Path(config.init_from))
-        with contextlib.ExitStack() as held:
-            world.first(lambda: held.enter_context(RunLock(out)) and None)
-            return _Run(trainer, out, wanted, title or arm).go()
+    with (
+        joined as world,
+        process_settings(options, world.device),
+        one_voice(world),
+        RollCall(world, f"; start it again with --resume on {out}") as roll_call,
+        contextlib.ExitStack() as held,
+    ):
+        with roll_call.during("the preparation"):
+            world.all(lambda: check_run_folder(out, resume))
+            if corpus is None:
+                corpus = world.first_then_all(lambda: load_corpus(data, cache_dir=data_cache()))
+            settings: dict[str, Any] = {"train": config, "data": data, "options": options}
+            asked = {name: dataclasses.asdict(given) for name, given in settings.items()}
+            check_agreement(world, {"arm": arm, **asked, "data_sha256": corpus.sha256})
+            trainer = Trainer(arm, config, options, corpus, world)
+            wanted = record(arm, config, data, trainer.model_config)
+            done = world.first(lambda: _earlier(out, wanted))
+            if done is not None:
+                say(f"{out}: finished before, validation loss {done.final_val_loss:.4f}")
+                return done
+            if config.init_from is not None and world.first(lambda: latest_checkpoint(out)) is None:
+                _start_from(trainer, Path(config.init_from))
+
+            def lock() -> None:
+                held.enter_context(RunLock(out))
+                check_run_folder(out, resume)  # again: another job may have been here since
+                _earlier(out, wanted)
+
+            world.first(lock)
+        return _Run(trainer, out, wanted, title or arm, roll_call).go()
+
+
+def check_agreement(world: World, mine: dict[str, Any]) -> None:
+    """Refuse ranks that were started with different settings or data, which would wait for each other in vain.
+
+    Raises:
+        ValueError: which rank differs from rank 0, and in what.
+    """
+    others_choice = ("device", "threads")
+    mine = {**mine, "options": {k: v for k, v in mine["options"].items() if k not in others_choice}}
+    for rank, theirs in enumerate(seen := world.all(lambda: mine)):
+        if different := differences(seen[0], theirs):
+            raise ValueError(
+                f"rank {rank} was started otherwise than rank 0: {shown(different)}. Give all ranks the same flags, "
+                "data and environment"
+            )
 
 
 @contextlib.contextmanager
@@ -226,8 +257,8 @@ def _verify_sphere(trainer: Trainer, what: str) -> None:
 class _Run:
     """A run in its folder: what `train` does once everything is checked. Every rank goes through it; rank 0 writes."""
 
-    def __init__(self, trainer: Trainer, out: Path, wanted: dict[str, Any], title: str) -> None:
-        self.trainer, self.out, self.title = trainer, out, title
+    def __init__(self, trainer: Trainer, out: Path, wanted: dict[str, Any], title: str, roll_call: RollCall) -> None:
+        self.trainer, self.out, self.title, self.roll_call = trainer, out, title, roll_call
         self.world, options = trainer.world, trainer.options
         self.steps: int = trainer.config.steps  # type: ignore[assignment]
         self.eval_every: int = trainer.config.eval_every  # type: ignore[assignment]
@@ -245,21 +276,21 @@ class _Run:
         self.mfu_of_a_token = None if peak is None else flops_per_token(trainer.model) / (peak * self.world.size)
 
     def go(self) -> Result:
-        again = f"; start it again with --resume on {self.out}"
-        with RollCall(self.world, again) as roll_call:
-            with roll_call.during("the start"):
-                resumed = self._begin()
-            with self._reporting(resumed) as stop:
-                if not resumed:
-                    with roll_call.during("the first evaluation"):
-                        self._evaluate()
-                first = self.trainer.num_steps + 1
-                while (step := self.trainer.num_steps + 1) <= self.steps:
-                    with roll_call.during(f"step {step}", watched=step > first):  # the first one compiles
-                        self._step(stop)
-                with roll_call.during("the last save"):
-                    self.saver.wait()
-        return self._finish()
+        during = self.roll_call.during
+        with during("the start"):
+            resumed = self._begin()
+        with self._reporting(resumed) as stop:
+            if not resumed:
+                with during("the first evaluation"):
+                    self._evaluate()
+            self.compiles_at = self.trainer.num_steps + 1
+            while (step := self.trainer.num_steps + 1) <= self.steps:
+                with during(f"step {step}"):
+                    self._step(step, stop)
+            with during("the last save"):
+                self.saver.wait()
+        with during("the end"):
+            return self._finish()
 
     def _begin(self) -> bool:
         """Write down what the run is, and take up its newest checkpoint; False if it starts from scratch."""
@@ -291,17 +322,19 @@ class _Run:
         ):
             yield stop
 
-    def _step(self, stop: StopRequest) -> None:
+    def _step(self, step: int, stop: StopRequest) -> None:
         """One step, and what is due after it: numbers, an evaluation, a checkpoint, the end."""
         trainer = self.trainer
+        compiles = step == self.compiles_at
         began = time.perf_counter()
         try:
-            result = trainer.step()
+            with contextlib.nullcontext() if compiles else self.roll_call.watched(f"step {step}"):
+                result = trainer.step()
         except NonFinite as error:
             raise NonFinite(self._advice(error)) from None
         seconds = time.perf_counter() - began
         self.train_seconds += seconds
-        step, rate = trainer.num_steps, trainer.tokens_per_step / seconds
+        rate = trainer.tokens_per_step / seconds
         self.metrics.write(
             step,
             "train",
@@ -427,8 +460,7 @@ class _Run:
             train_seconds=self.train_seconds,
             data_sha256=trainer.corpus.sha256,
         )
-        if self.world.is_first:
-            atomic_write_json(self.out / RESULT_FILE, dataclasses.asdict(result))
+        self.world.first(lambda: atomic_write_json(self.out / RESULT_FILE, dataclasses.asdict(result)))
         skipped = f", {trainer.num_skipped} steps skipped" if trainer.num_skipped else ""
         say(f"{self.title}: validation loss {self.val_loss:.4f} after {duration(self.train_seconds)}{skipped}")
         return result

@@ -101,7 +101,7 @@ class Metrics:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+            self._events = SummaryWriter(str(out / "tensorboard"), purge_step=0 if step is None else step + 1)
             self._open.callback(self._events.close)
         if track is not None:
             self._tracker = importlib.import_module(track)

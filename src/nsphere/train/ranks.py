@@ -8,6 +8,25 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+EX_TEMPFAIL = 75
+
+
+class LostRank(Exception):
+    """A rank died, hangs or never came; the message names it and what it was doing.
+
+    What was saved is good: start the job again. `exit_code` is 75, a temporary failure.
+    """
+
+    exit_code = EX_TEMPFAIL
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Whether an error is a collective's, rather than the computation's."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return any(word in text for word in ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL"))
+
 
 class _Failure(NamedTuple):
     """What went wrong on a rank, on its way to the others."""
@@ -92,11 +111,14 @@ class Ranks:
 
 
 def _portable(error: Exception) -> Exception:
-    """An error as it can be sent: OSError and our own as they are, the rest as a sentence."""
+    """An error as it can be sent: those that a user can mend as they are, the rest as a sentence."""
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror) if error.errno is not None else OSError(str(error))
-    if isinstance(error, ValueError) and len(error.args) == 1:
-        return type(error)(str(error))
+    if isinstance(error, ModuleNotFoundError):
+        return ModuleNotFoundError(str(error), name=error.name)
+    if isinstance(error, ValueError):
+        plain = type(error).__init__ is ValueError.__init__  # JSON's and Unicode's want more than a sentence
+        return (type(error) if plain else ValueError)(str(error))
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 

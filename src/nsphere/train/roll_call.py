@@ -12,17 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from nsphere.train.distributed import World
-
-EX_TEMPFAIL = 75
-
-
-class LostRank(Exception):
-    """A rank died or hangs; the message names it and what it was doing.
-
-    What was saved is good: start the job again. `exit_code` is 75, a temporary failure.
-    """
-
-    exit_code = EX_TEMPFAIL
+from nsphere.train.ranks import EX_TEMPFAIL, LostRank, is_communication_error
 
 
 class RollCall:
@@ -30,7 +20,7 @@ class RollCall:
 
     A rank that neither goes on nor notices is the lost one. A collective that waits for it fails in gloo after the
     layout's timeout, or at once if its process has ended. What fails in no other way (a rank that hangs by itself, or
-    waits in NCCL, which does not raise) is ended by a thread that watches what is done with `watched`, and says where
+    waits in NCCL, which does not raise) is ended by a thread that watches what is done in `watched`, and says where
     it was. A context: the thread ends with it.
 
     Args:
@@ -53,12 +43,8 @@ class RollCall:
         self._over.set()
 
     @contextmanager
-    def during(self, what: str, watched: bool = False) -> Iterator[None]:
-        """Around what all ranks do, such as "step 3".
-
-        Args:
-            what: as the message calls it.
-            watched: it can't take longer than the timeout, on no rank: nothing is compiled or read in it.
+    def during(self, what: str) -> Iterator[None]:
+        """Around what all ranks do, called `what` in messages, such as "step 3". One inside another has its own name.
 
         Raises:
             LostRank: in place of the collective's error.
@@ -68,14 +54,19 @@ class RollCall:
             return
         try:
             self._note("at", what)
-            if watched:
-                self._since = time.monotonic(), what
             yield
-        except RuntimeError as error:
-            if not is_communication_error(error):
-                self._note("left", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-                raise
-            raise LostRank(self.who_is_missing(what)) from error
+        except (RuntimeError, OSError) as error:
+            if isinstance(error, RuntimeError) and is_communication_error(error):
+                raise LostRank(self.who_is_missing(what)) from error
+            self._note("left", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            raise
+
+    @contextmanager
+    def watched(self, what: str) -> Iterator[None]:
+        """Around what can't take longer than the timeout, on no rank: nothing is compiled, read or written in it."""
+        self._since = time.monotonic(), what
+        try:
+            yield
         finally:
             self._since = None
 
@@ -123,11 +114,3 @@ class RollCall:
                     flush=True,
                 )
                 os._exit(EX_TEMPFAIL)
-
-
-def is_communication_error(error: BaseException) -> bool:
-    """Whether an error is a collective's, rather than the computation's."""
-    if isinstance(error, dist.DistError):
-        return True
-    text = str(error)
-    return any(word in text for word in ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL"))
