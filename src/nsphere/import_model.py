@@ -165,16 +165,29 @@ def _from_folder(folder: Path) -> Imported:
     logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, trust_remote_code=False, dtype="auto"
+            folder,
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            dtype="auto",
         )
         theirs, loading = loaded
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # whatever a config of any content brings about in transformers
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder} is not whole, or its weights do not fit its config.json: {reason}") from None
+        raise ValueError(
+            f"{folder} can't be loaded, as it is not whole or no {kind} can be like that: {reason}"
+        ) from None
     finally:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
+    if unequal := sorted(loading["mismatched_keys"]):
+        name, saved, expected = unequal[0]
+        raise ValueError(
+            f"{folder} holds weights of another shape than its config.json says: {name} is {tuple(saved)}, not "
+            f"{tuple(expected)}"
+        )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{folder} is not whole: it lacks {some(missing)}; export it again")
     if more := sorted(loading["unexpected_keys"]):
@@ -235,7 +248,7 @@ def _unpickled(path: Path) -> dict[str, Any]:
 def _from_checkpoint(path: Path, num_heads: int | None, context: int | None, options: tuple[str, ...] = ()) -> Imported:
     content = _unpickled(path)
     state = content.get("model", content)
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
         raise ValueError(f"{path} holds no state dict: names and tensors, by themselves or as its 'model'")
     said = content.get("model_args") or content.get("config") or {}
     said = said if isinstance(said, dict) else vars(said)

@@ -166,6 +166,8 @@ def _matrix(state: dict[str, Tensor], name: str, dim: int) -> Tensor:
     if (original := state.get(f"{name}.linear.parametrizations.weight.original")) is not None:
         return unit(original, dim)
     weight = state[f"{name}.linear.weight"]
+    if weight.dim() != 2:
+        raise ValueError(f"{name} of this nGPT-pytorch model is no matrix: its shape is {tuple(weight.shape)}")
     if (weight.norm(dim=dim) - 1).abs().max() > 1e-4:
         raise ValueError(
             f"{name} is off the sphere, as manual_norm_weights=True leaves it before norm_weights_(); call that, and "

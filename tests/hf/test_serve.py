@@ -102,6 +102,8 @@ def test_what_cannot_be_served_is_one_line(run, tmp_path, capsys):
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
         path.write_bytes(whole)
+    assert cli.main(["serve", str(tmp_path / "x"), "--port", "99999"]) == 2
+    assert "--port is 99999; choose one from 1 to 65535" in capsys.readouterr().err
     (tmp_path / "x" / "tokenizer.json").unlink()
     assert cli.main(["serve", str(tmp_path / "x")]) == 2
     assert "has no tokenizer" in capsys.readouterr().err

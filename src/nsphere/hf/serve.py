@@ -46,8 +46,10 @@ def serve(folder: Path, host: str, port: int) -> None:
     would not need it.
 
     Raises:
-        ValueError: see `check_servable`.
+        ValueError: see `check_servable`; a port that can't be.
     """
+    if not 0 < port < 65536:
+        raise ValueError(f"--port is {port}; choose one from 1 to 65535")
     check_servable(folder)
     import transformers
     from transformers.cli.transformers import main
