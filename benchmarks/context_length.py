@@ -33,12 +33,13 @@ def main():
         lengths = [r["context"] for r in content["results"]]
         losses = [r["loss"] for r in content["results"]]
         at_trained = losses[lengths.index(trained)]
-        axes.plot(lengths, losses, marker="o", label=arm)
+        axes.plot(lengths, losses, marker="o", label={"ngpt": "nGPT", "gpt-qknorm": "GPT + QK-norm"}.get(arm, arm))
         rows += [
             [arm, str(n), f"{loss:.3f}", f"{loss - at_trained:+.3f}"] for n, loss in zip(lengths, losses, strict=True)
         ]
     axes.axvline(trained, color="grey", linestyle=":", label=f"trained at {trained}")
     axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [str(n) for n in lengths])
     axes.set(xlabel="context, tokens", ylabel="validation loss, nats per token")
     axes.legend()
     if args.png is not None:

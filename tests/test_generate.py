@@ -68,6 +68,8 @@ def test_temperature_top_k_and_top_p_by_hand() -> None:
     assert torch.allclose(probabilities(logits, Sampling(1.0)), p)
     assert torch.allclose(probabilities(logits, Sampling(0.5)), p**2 / (p**2).sum())
     assert probabilities(logits, Sampling(0.0)).tolist() == [0, 0, 0, 1]
+    assert probabilities(logits, Sampling(1e-30)).tolist() == [0, 0, 0, 1]
+    assert probabilities(1e9 * logits, Sampling(1e-30)).tolist() == [0, 0, 0, 1]
     kept = torch.tensor([0, 0, p[2], p[3]])
     assert torch.allclose(probabilities(logits, Sampling(1.0, top_k=2)), kept / kept.sum())
     # p = .03 .09 .24 .64: .64 does not reach .7, .64 + .24 does
@@ -83,6 +85,8 @@ def test_temperature_top_k_and_top_p_by_hand() -> None:
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, "top_p must be in"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"seed": 2**63}, "seed must be from 0"),
     ],
 )
 def test_sampling_that_cannot_be(arguments, message) -> None:

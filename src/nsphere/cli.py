@@ -158,6 +158,7 @@ def _one_line(box: str, name: str) -> str:
     text = text.replace("Invalid choice invalid", "invalid").replace(
         "Unrecognized options Unrecognized", "unrecognized"
     )
+    text = text.replace("Value error ", "")  # what a config's own check says is a sentence of its own
     # the group that a flag belongs to is of no concern to who typed it
     text = re.sub(r"Error parsing (what|config|data|options(\.layout)?|sampling): ", "", text)
     # the choices come in an order that changes from run to run, with the None of a flag that was not given

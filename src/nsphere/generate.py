@@ -34,6 +34,8 @@ class Sampling:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}; leave it out to draw among all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; leave it out to draw among all tokens")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -44,7 +46,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     logits = logits.float()
     if sampling.temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    logits = logits / sampling.temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # ≤ 0: no temperature is too low
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -111,7 +113,8 @@ class Generation:
         requests: at least one.
         cache_dtype: of keys and values; if not given autocast's where that is on, else the model's. "int8" and "fp8"
             take a quarter of fp32's memory.
-        grow: let the cache grow with the rows, rather than lay all its memory out at the start.
+        grow: let the cache grow with the rows, rather than lay all its memory out at the start, as compiled steps
+            need it.
         compile: compile the steps. A decoding step is compiled once, whatever the rows' lengths; prompts once for
             every power of two.
 

@@ -36,6 +36,11 @@ class GPTConfig(DecoderConfig):
             raise ValueError(f"qk_norm_over is {self.qk_norm_over!r}; choose head or full")
         if self.qk_norm != "none":
             make_norm(self.qk_norm, self.head_dim, num_heads=self.num_heads)  # refuses an unknown name
+            if self.convention == "nvidia":
+                raise ValueError(
+                    f"convention nvidia is the authors' code, whose GPT has no QK-norm; got qk_norm {self.qk_norm!r}; "
+                    "leave it at its default"
+                )
 
 
 class Embedding(nn.Module):
@@ -82,21 +87,9 @@ class GPT(Decoder):
     config: GPTConfig
 
     def __init__(self, config: GPTConfig) -> None:
+        self.check_convention(config)
         self.config = config
-        spec = self.rope_spec()
-
-        def qk_norm() -> QKNorm:
-            return QKNorm(
-                None if config.qk_norm == "none" else config.qk_norm,
-                head_dim=config.head_dim,
-                num_heads=config.num_heads,
-                num_kv_heads=config.num_kv_heads,
-                rope=spec,
-                place="before",
-                over=config.qk_norm_over,
-            )
-
-        blocks = [GPTBlock(config, qk_norm()) for _ in range(config.num_layers)]
+        blocks = [GPTBlock(config, self.make_qk_norm(config)) for _ in range(config.num_layers)]
         super().__init__(
             config,
             Embedding(config.vocab_size, config.d_model),
@@ -106,6 +99,18 @@ class GPT(Decoder):
         if not config.tied:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights()
+
+    def make_qk_norm(self, config: GPTConfig) -> QKNorm:
+        """What one attention does to q and k: its norm, if any, then RoPE."""
+        return QKNorm(
+            None if config.qk_norm == "none" else config.qk_norm,
+            head_dim=config.head_dim,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            rope=self.rope_spec(),
+            place="before",
+            over=config.qk_norm_over,
+        )
 
     def reset_parameters(self) -> None:
         """As in a fresh model; see Decoder."""

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nsphere.export import METADATA_KEY, new_folder
+from nsphere.gpt import GPTConfig
 from nsphere.layers import Decoder
 from nsphere.ngpt import NGPT, NGPTConfig
 from nsphere.ngpt_nvidia import from_reference_state_dict
@@ -52,7 +53,8 @@ def import_model(
 
     Args:
         source: a .safetensors file of `nsphere export`; a transformers folder with an nGPT, or with a Llama or Qwen3
-            of the shape that GPT has; a checkpoint of NVIDIA/ngpt (ckpt.pt); a state dict of PyPI's nGPT-pytorch.
+            of the shape that GPT has; a checkpoint of NVIDIA/ngpt (ckpt.pt), nGPT or GPT; a state dict of PyPI's
+            nGPT-pytorch.
         out: the run folder to make; must not exist.
         num_heads: of a checkpoint that does not say.
         context: of a checkpoint that does not say.
@@ -60,7 +62,8 @@ def import_model(
         options: NAME=VALUE, what a model of nGPT-pytorch was built with; see `nsphere.ngpt_pytorch`.
 
     Raises:
-        ValueError: something is there already, or the source can't be read as any of these, with the reason.
+        ValueError: something is there already, the source says otherwise, or it can't be read as any of these, with
+            the reason.
     """
     if out.exists():
         raise ValueError(f"{out} is there already; remove it, or choose another name")
@@ -74,6 +77,9 @@ def import_model(
         found = _from_checkpoint(source, num_heads, context, options)
     if options and not found.options_apply:
         raise ValueError(f"--option is for models of nGPT-pytorch, which {source} is not; leave it out")
+    for name, given in (("num_heads", num_heads), ("context", context)):
+        if given is not None and given != (known := getattr(found.model.config, name)):
+            raise ValueError(f"--{name.replace('_', '-')} is {given}, and {source} says {known}; leave it out")
     own = found.tokenizer if tokenizer is None else open_tokenizer(tokenizer)
     vocab_size = found.model.config.vocab_size
     if own is not None and own.vocab_size > vocab_size:
@@ -159,18 +165,35 @@ def _from_folder(folder: Path) -> Imported:
     logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, trust_remote_code=False, dtype="auto"
+            folder,
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            dtype="auto",
         )
         theirs, loading = loaded
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # whatever a config of any content brings about in transformers
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder} is not whole, or its weights do not fit its config.json: {reason}") from None
+        raise ValueError(
+            f"{folder} can't be loaded, as it is not whole or no {kind} can be like that: {reason}"
+        ) from None
     finally:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
+    if unequal := sorted(loading["mismatched_keys"]):
+        name, saved, expected = unequal[0]
+        raise ValueError(
+            f"{folder} holds weights of another shape than its config.json says: {name} is {tuple(saved)}, not "
+            f"{tuple(expected)}"
+        )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{folder} is not whole: it lacks {some(missing)}; export it again")
+    if more := sorted(loading["unexpected_keys"]):
+        raise ValueError(
+            f"{folder} holds {some(more)}, which a {type(theirs).__name__} of its config.json does not have"
+        )
     model = from_hf(theirs).float()
     return Imported(model, _record(model), 0, _tokenizer(folder))
 
@@ -225,6 +248,8 @@ def _unpickled(path: Path) -> dict[str, Any]:
 def _from_checkpoint(path: Path, num_heads: int | None, context: int | None, options: tuple[str, ...] = ()) -> Imported:
     content = _unpickled(path)
     state = content.get("model", content)
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
+        raise ValueError(f"{path} holds no state dict: names and tensors, by themselves or as its 'model'")
     said = content.get("model_args") or content.get("config") or {}
     said = said if isinstance(said, dict) else vars(said)
     names = {re.sub(r"^((_orig_mod|module)\.)+", "", name) for name in state}
@@ -240,31 +265,32 @@ def _from_checkpoint(path: Path, num_heads: int | None, context: int | None, opt
             f"{path} is of nanoGPT, whose learned positions, LayerNorms and GELU nsphere's GPT (rotary, RMSNorm, "
             "SwiGLU) does not have; train a gpt arm instead"
         )
-    if "rmsnorm_f.weight" in names:
+    is_gpt = "rmsnorm_f.weight" in names
+    if "transformer.wte.weight" not in names or not (is_gpt or "sz" in names):
         raise ValueError(
-            f"{path} is the GPT of the authors' code, whose rotary code is no rotation, which nsphere's GPT does not "
-            "have; a model of theirs with use_nGPT=1 can be imported"
+            f"{path} holds no model of the authors' code: it lacks transformer.wte.weight, and sz (nGPT) or "
+            "rmsnorm_f.weight (GPT)"
         )
-    if "transformer.wte.weight" not in names or "sz" not in names:
-        raise ValueError(f"{path} holds no nGPT of the authors' code: it lacks transformer.wte.weight and sz")
     num_heads = said.get("n_head", num_heads)
     context = said.get("block_size", context)
     if num_heads is None or context is None:
         raise ValueError(f"{path} does not say its number of heads and its context; give --num-heads and --context")
     ours = from_reference_state_dict(state)
     vocab_size, d_model = ours["embed.weight"].shape
+    layers = [int(name.split(".")[1]) for name in ours if name.startswith("blocks.")]
+    shape = {
+        "vocab_size": vocab_size,
+        "context": context,
+        "d_model": d_model,
+        "num_layers": 1 + max(layers, default=0),
+        "num_heads": num_heads,
+        "convention": "nvidia",
+    }
     scale = said.get("base_scale", d_model**-0.5)
-    nvidia = NGPTConfig(
-        vocab_size=vocab_size,
-        context=context,
-        d_model=d_model,
-        num_layers=1 + max(int(name.split(".")[1]) for name in ours if name.startswith("blocks.")),
-        num_heads=num_heads,
-        convention="nvidia",
-        eigen_lr_scale=scale,
-        s_qk_scale=scale,
-        s_z_scale=scale,
+    model = make_model(
+        GPTConfig(**shape, init_std=scale)
+        if is_gpt
+        else NGPTConfig(**shape, eigen_lr_scale=scale, s_qk_scale=scale, s_z_scale=scale)
     )
-    model = make_model(nvidia)
     _load(model, ours, path)
     return Imported(model, _record(model), int(content.get("iter_num", 0)), None)

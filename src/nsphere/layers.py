@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, S cached and new, H query heads, K key and value head
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ class DecoderConfig:
     """Hidden width of the MLP; 4 d_model if not given."""
     rope_base: float = 10000.0
     """Base of the rotary embedding's wavelengths."""
+    convention: Literal["paper", "nvidia"] = "paper"
+    """nvidia: the details of the authors' code, for weights trained there; see nsphere.ngpt_nvidia."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "d_model", "num_layers", "num_heads"):
@@ -69,6 +72,13 @@ class DecoderConfig:
         if self.d_mlp < 1:
             raise ValueError(f"d_mlp must be at least 1, got {self.d_mlp}")
         check_positive(self, "rope_base")
+        if self.convention not in ("paper", "nvidia"):
+            raise ValueError(f"convention is {self.convention!r}; choose paper or nvidia")
+        if self.convention == "nvidia" and self.num_kv_heads != self.num_heads:
+            raise ValueError(
+                "convention nvidia is the authors' code, which has as many key/value heads as query heads; got "
+                f"num_kv_heads {self.num_kv_heads}; leave it at its default"
+            )
 
 
 def check_positive(config: object, *names: str) -> None:
@@ -156,6 +166,8 @@ class Decoder(nn.Module):
         final_norm: maps [B, T, d] to [B, T, d].
     """
 
+    convention = "paper"
+    """That of the configs that this class is the model of."""
     rope_cos: Tensor
     rope_sin: Tensor
     unit_keys = False
@@ -173,6 +185,14 @@ class Decoder(nn.Module):
         cos, sin = self.make_rope_tables(config.context)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+
+    def check_convention(self, config: DecoderConfig) -> None:
+        """Raise ValueError for a config of which this class is not the model."""
+        if config.convention != self.convention:
+            raise ValueError(
+                f"{type(self).__name__} is the model of convention {self.convention!r}, the config says "
+                f"{config.convention!r}; build it with nsphere.make_model(config)"
+            )
 
     def rope_spec(self) -> RopeSpec:
         """How q and k are rotated."""

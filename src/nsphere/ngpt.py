@@ -8,7 +8,6 @@ range back: s_qk for attention, s_u and s_v for the MLP, s_z for the logits.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -58,8 +57,6 @@ class NGPTConfig(DecoderConfig):
     """Factor on q·k; √head_dim if not given."""
     projection: Projection = "step"
     """step: matrices are normalised after every optimizer step; forward: in every forward pass, with gradient."""
-    convention: Literal["paper", "nvidia"] = "paper"
-    """nvidia: the details of the authors' code, for weights trained there; see nsphere.ngpt_nvidia."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,12 +73,9 @@ class NGPTConfig(DecoderConfig):
         check_positive(self, "softmax_scale")
         if self.projection not in ("step", "forward"):
             raise ValueError(f"projection is {self.projection!r}; choose step or forward")
-        if self.convention not in ("paper", "nvidia"):
-            raise ValueError(f"convention is {self.convention!r}; choose paper or nvidia")
-        if self.convention == "nvidia" and (self.num_kv_heads != self.num_heads or not self.qk_norm):
+        if self.convention == "nvidia" and not self.qk_norm:
             raise ValueError(
-                "convention nvidia is the authors' code, which has QK-norm and as many key/value heads as query "
-                f"heads; got num_kv_heads {self.num_kv_heads}, qk_norm {self.qk_norm}; leave both at their defaults"
+                "convention nvidia is the authors' code, whose nGPT has QK-norm; got qk_norm False; leave it out"
             )
 
 
@@ -148,14 +142,8 @@ class NGPT(Decoder):
 
     config: NGPTConfig
 
-    convention = "paper"
-
     def __init__(self, config: NGPTConfig) -> None:
-        if config.convention != self.convention:
-            raise ValueError(
-                f"{type(self).__name__} is the model of convention {self.convention!r}, the config says "
-                f"{config.convention!r}; build it with nsphere.make_model(config)"
-            )
+        self.check_convention(config)
         self.config = config
         blocks = [self.make_block(config) for _ in range(config.num_layers)]
         embed = SphereEmbedding(config.vocab_size, config.d_model, config.projection)

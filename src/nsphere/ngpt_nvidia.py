@@ -1,33 +1,31 @@
 """The conventions of the authors' code (NVIDIA/ngpt), for parity and for weights trained there.
 
-Where it differs from the paper: its rotary code is not a rotation; h is normalised again before each interpolation;
-both branches of the MLP carry √d; s_qk multiplies q and k each; norms have no guard for zero.
+Where it differs from the paper: its rotary code is not a rotation, in nGPT and in GPT; in nGPT h is normalised again
+before each interpolation, both branches of the MLP carry √d, s_qk multiplies q and k each, norms do not guard zero.
 """
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nsphere.gpt import GPT, GPTConfig
 from nsphere.kv_cache import Slots
-from nsphere.layers import RopeTables
+from nsphere.layers import Decoder, RopeTables
 from nsphere.ngpt import NGPT, NGPTBlock, NGPTConfig, QKScale, make_s_qk
 from nsphere.ops.normalized_update import normalized_update, unit
 from nsphere.qk_norm import QKNorm
 
 
-class NvidiaQKNorm(QKNorm):
-    """QK-norm after the reference's rotary code, without the x·cos term of a rotation; `multiplier` is for both.
+class NvidiaRotary(QKNorm):
+    """The reference's rotary code, without the x·cos term of a rotation, before norm and multiplier, if any.
 
     out[2i] = −x[2i+1] C[i], out[2i+1] = x[2i] S[i]: an odd step of the pairs, scaled by two different angles.
     """
 
-    multiplier: QKScale
-    scales_k = True
-    """Whether k is multiplied too; not where `nsphere.fold` has squared the multiplier of q instead."""
-
-    def forward(self, q: Tensor, k: Tensor, rope: RopeTables | None = None, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, rope: RopeTables | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert rope is not None
         S, C = (table.unsqueeze(-2) for table in rope)  # [T, 1, D/2] against x [B, T, H, D/2]
 
@@ -36,9 +34,32 @@ class NvidiaQKNorm(QKNorm):
 
         dtype = q.dtype
         # the fp32 tables promote q and k, and the norm sees them so
-        on_k = self.multiplier() if self.scales_k else None
-        q, k = super().forward(rotary(q), rotary(k), rope=None, k_multiplier=on_k)
+        q, k = super().forward(rotary(q), rotary(k), rope=None, **kwargs)
         return q.to(dtype), k.to(dtype)
+
+
+class NvidiaQKNorm(NvidiaRotary):
+    """The reference's QK-norm, after its rotary code; `multiplier` is for both."""
+
+    multiplier: QKScale
+    scales_k = True
+    """Whether k is multiplied too; not where `nsphere.fold` has squared the multiplier of q instead."""
+
+    def forward(self, q: Tensor, k: Tensor, rope: RopeTables | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return super().forward(q, k, rope, k_multiplier=self.multiplier() if self.scales_k else None)
+
+
+class NvidiaTables(Decoder):
+    """A decoder with the reference's rotary tables."""
+
+    convention = "nvidia"
+
+    def make_rope_tables(self, num_positions: int) -> RopeTables:
+        """S and C [num_positions, D/2]: the two halves of the rows [sin pθ₀, cos pθ₀, sin pθ₁, cos pθ₁, …]."""
+        cos, sin = super().make_rope_tables(num_positions)
+        rows = torch.stack((sin, cos), dim=-1).flatten(-2)
+        half = rows.shape[-1] // 2
+        return rows[:, :half].contiguous(), rows[:, half:].contiguous()
 
 
 class NvidiaBlock(NGPTBlock):
@@ -54,10 +75,8 @@ class NvidiaBlock(NGPTBlock):
         return normalized_update(unit(h), self.mlp(h), self.eigen_lr_mlp().abs()).to(dtype)
 
 
-class NvidiaNGPT(NGPT):
+class NvidiaNGPT(NvidiaTables, NGPT):
     """nGPT as the authors' code computes it: the architecture of `NGPTConfig(convention="nvidia")`."""
-
-    convention = "nvidia"
 
     def make_block(self, config: NGPTConfig) -> NGPTBlock:
         """A block in the reference's convention."""
@@ -71,12 +90,13 @@ class NvidiaNGPT(NGPT):
         )
         return NvidiaBlock(config, qk_norm)
 
-    def make_rope_tables(self, num_positions: int) -> RopeTables:
-        """S and C [num_positions, D/2]: the two halves of the rows [sin pθ₀, cos pθ₀, sin pθ₁, cos pθ₁, …]."""
-        cos, sin = super().make_rope_tables(num_positions)
-        rows = torch.stack((sin, cos), dim=-1).flatten(-2)
-        half = rows.shape[-1] // 2
-        return rows[:, :half].contiguous(), rows[:, half:].contiguous()
+
+class NvidiaGPT(NvidiaTables, GPT):
+    """GPT as the authors' code computes it (`use_nGPT = 0`): the architecture of `GPTConfig(convention="nvidia")`."""
+
+    def make_qk_norm(self, config: GPTConfig) -> QKNorm:
+        """The reference's rotary code, and no norm."""
+        return NvidiaRotary(None, head_dim=config.head_dim, num_heads=config.num_heads)
 
 
 _NAMES = {
@@ -88,28 +108,32 @@ _NAMES = {
     "sqk": "attn.qk_norm.multiplier.s_qk.stored",
     "attn_alpha": "eigen_lr_attn.stored",
     "mlp_alpha": "eigen_lr_mlp.stored",
+    "rmsnorm_att.weight": "attn_norm.weight",
+    "rmsnorm_mlp.weight": "mlp_norm.weight",
+}
+_TOP = {
+    "transformer.wte.weight": "embed.weight",
+    "lm_head.weight": "head.weight",
+    "sz": "head.scale.stored",
+    "rmsnorm_f.weight": "final_norm.weight",
 }
 
 
 def from_reference_state_dict(reference: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the authors' code under this library's names, in fp32 (or fp64 where it is).
+    """The state dict of the authors' nGPT or GPT under this library's names, in fp32 (or fp64 where it is).
 
     One matrix holds u and ν there: u is the first half of its rows and of suv, the gate ν the second.
 
     Raises:
-        ValueError: a name that the authors' nGPT does not have (a GPT's RMS norms, for one).
+        ValueError: a name that neither has (biases, or a position embedding, for two).
     """
     ours: dict[str, Tensor] = {}
     for full_name, tensor in reference.items():
         name = re.sub(r"^((_orig_mod|module)\.)+", "", full_name)  # as torch.compile and DDP leave it
         tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         block = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", name)
-        if name == "transformer.wte.weight":
-            ours["embed.weight"] = tensor
-        elif name == "lm_head.weight":
-            ours["head.weight"] = tensor
-        elif name == "sz":
-            ours["head.scale.stored"] = tensor
+        if name in _TOP:
+            ours[_TOP[name]] = tensor
         elif block and block[2] == "c_fc.weight":
             ours[f"blocks.{block[1]}.mlp.W_u.weight"], ours[f"blocks.{block[1]}.mlp.W_nu.weight"] = tensor.chunk(2)
         elif block and block[2] == "suv":
@@ -120,9 +144,15 @@ def from_reference_state_dict(reference: dict[str, Tensor]) -> dict[str, Tensor]
             ours[f"blocks.{block[1]}.{_NAMES[block[2]]}"] = tensor
         else:
             raise ValueError(
-                f"{full_name!r} is no parameter of the authors' nGPT; give the state dict of a model with use_nGPT=1"
+                f"{full_name!r} is no parameter of the authors' models as nsphere has them (without biases, with "
+                "rotary positions); give the state dict of such a one"
             )
     return ours
+
+
+def make_gpt(config: GPTConfig) -> GPT:
+    """The model of a config, in the convention it names."""
+    return NvidiaGPT(config) if config.convention == "nvidia" else GPT(config)
 
 
 def make_ngpt(config: NGPTConfig) -> NGPT:

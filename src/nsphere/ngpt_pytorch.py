@@ -95,9 +95,9 @@ def from_ngpt_pytorch(
                 f"nGPT-pytorch with {name}={given[name]}{default} {what}, which nsphere's nGPT does not; "
                 f"if it was built otherwise, say so: --option {name}={agrees}"
             )
-    state = {name.removeprefix("_orig_mod.").removeprefix("module."): t.float() for name, t in state.items()}
+    state = _Whole({name.removeprefix("_orig_mod.").removeprefix("module."): t.float() for name, t in state.items()})
     d_model = _matrix(state, "token_embed", 1).shape[1]
-    num_layers = 1 + max(int(m[1]) for name in state if (m := re.match(r"layers\.(\d+)\.", name)))
+    num_layers = 1 + max((int(m[1]) for name in state if (m := re.match(r"layers\.(\d+)\.", name))), default=0)
     head_dim = 2 * len(state["rotary_embed.freqs"])
     expected = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
     if not torch.allclose(state["rotary_embed.freqs"], expected, rtol=1e-5):
@@ -154,12 +154,20 @@ def from_ngpt_pytorch(
     return config, ours
 
 
+class _Whole(dict[str, Tensor]):
+    """A state dict that says what it lacks."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(f"this is no whole nGPT-pytorch model: it lacks {name}")
+
+
 def _matrix(state: dict[str, Tensor], name: str, dim: int) -> Tensor:
     """A matrix on the sphere: normalised if it was under the parametrisation, else checked to be."""
     if (original := state.get(f"{name}.linear.parametrizations.weight.original")) is not None:
         return unit(original, dim)
-    if (weight := state.get(f"{name}.linear.weight")) is None:
-        raise ValueError(f"this is no whole nGPT-pytorch model: it lacks {name}")
+    weight = state[f"{name}.linear.weight"]
+    if weight.dim() != 2:
+        raise ValueError(f"{name} of this nGPT-pytorch model is no matrix: its shape is {tuple(weight.shape)}")
     if (weight.norm(dim=dim) - 1).abs().max() > 1e-4:
         raise ValueError(
             f"{name} is off the sphere, as manual_norm_weights=True leaves it before norm_weights_(); call that, and "

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from nsphere.gpt import GPT, GPTConfig
+from nsphere.gpt import GPTConfig
 from nsphere.layers import Decoder
 from nsphere.ngpt import NGPTConfig
-from nsphere.ngpt_nvidia import make_ngpt
+from nsphere.ngpt_nvidia import make_gpt, make_ngpt
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ PRESETS = {
     "1b": Preset(1280, 36, 20, 4096, 32000, "the paper's 1B: 1,026,177,280 parameters as nGPT", 100_000, 256, 2, 256),
 }
 
-ARCHITECTURES: dict[str, tuple[type, Any]] = {"gpt": (GPTConfig, GPT), "ngpt": (NGPTConfig, make_ngpt)}
+ARCHITECTURES: dict[str, tuple[type, Any]] = {"gpt": (GPTConfig, make_gpt), "ngpt": (NGPTConfig, make_ngpt)}
 
 
 def make_config(architecture: str, **fields: Any) -> Any:

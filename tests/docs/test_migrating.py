@@ -25,7 +25,7 @@ def rows(of: str) -> list[tuple[list[str], list[str]]]:
 def test_parameters_of_the_authors_code_become_what_the_table_says() -> None:
     pairs = [(there[0], here) for there, here in rows("the authors' code") if there]
     table = {there: here for there, here in pairs if there == "sz" or there.endswith(".weight") or ".h.0." in there}
-    assert len(table) == 13
+    assert len(table) == 16
     for there, here in table.items():
         assert list(from_reference_state_dict({there: torch.ones(2, 2)})) == here
 

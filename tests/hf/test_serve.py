@@ -90,6 +90,20 @@ def test_what_cannot_be_served_is_one_line(run, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert message in err and (out, err.count("\n")) == ("", 1)
     export(run, tmp_path / "x", "hf")
+    weights, config = tmp_path / "x" / "model.safetensors", tmp_path / "x" / "config.json"
+    for path, half, message in (
+        (weights, weights.read_bytes()[:-100], "is not whole: model.safetensors can't be read"),
+        (config, config.read_bytes()[:100], "is not whole: config.json can't be read"),
+        (config, b"[]", "its config.json names no architectures"),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(half)
+        assert cli.main(["serve", str(tmp_path / "x")]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+        path.write_bytes(whole)
+    assert cli.main(["serve", str(tmp_path / "x"), "--port", "99999"]) == 2
+    assert "--port is 99999; choose one from 1 to 65535" in capsys.readouterr().err
     (tmp_path / "x" / "tokenizer.json").unlink()
     assert cli.main(["serve", str(tmp_path / "x")]) == 2
     assert "has no tokenizer" in capsys.readouterr().err

@@ -92,13 +92,23 @@ def hf_config(config: DecoderConfig) -> Any:
     """The transformers config of a model's config: NGPTConfig, or for GPT LlamaConfig or Qwen3Config.
 
     Raises:
-        ValueError: a GPT with a QK-norm that no transformers class of this shape has.
+        ValueError: a GPT with a QK-norm, or a rotary embedding, that no transformers class of this shape has.
     """
     fields = {theirs: getattr(config, ours) for ours, theirs in _SHAPE.items()}
     if isinstance(config, NGPTConfig):
         own = {name: getattr(config, name) for name in _NGPT_ONLY}
         return HFConfig(**fields, rope_theta=config.rope_base, **own)
     assert isinstance(config, GPTConfig)
+    if config.convention == "nvidia":
+        raise ValueError(
+            "transformers has no model with the rotary code of the authors' GPT (convention nvidia), which is no "
+            "rotation; export it as safetensors, torch-export or onnx"
+        )
+    if config.qk_norm != "none" and config.qk_norm_over != "head":
+        raise ValueError(
+            f"transformers has no model of this shape with a QK-norm over {config.qk_norm_over!r}: Qwen3's is over "
+            "each head; export it as safetensors, torch-export or onnx"
+        )
     fields |= {
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},

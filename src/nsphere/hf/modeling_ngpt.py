@@ -115,6 +115,13 @@ class NGPTConfig(PreTrainedConfig):
         for name in ("eigen_lr", "s_qk", "s_uv", "s_z"):
             if getattr(self, name) not in ("vector", "scalar", "fixed"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose vector, scalar or fixed")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; the rotary embedding turns pairs, choose an even number")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {num_attention_heads} is not divisible by num_key_value_heads "
+                f"{num_key_value_heads}; each key/value head serves the same number of query heads"
+            )
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 
@@ -419,7 +426,8 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
             **{k: v for k, v in kwargs.items() if k != "num_items_in_batch"},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept]) * self.s_z()
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.s_z()
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)

@@ -4,19 +4,38 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 
 def check_servable(folder: Path) -> None:
     """Raise ValueError for what the server would fail on: a folder that is no export, or packages that are missing."""
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} is no transformers folder; make one with nsphere export RUN FOLDER")
-    if "architectures" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-        raise ValueError(f"{folder} is a run folder; export it first: nsphere export {folder} FOLDER")
+    if "architectures" not in _read(folder / "config.json"):
+        raise ValueError(f"{folder} is no transformers folder: its config.json names no architectures")
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} has no tokenizer, so text can't be served from it")
+    index = folder / "model.safetensors.index.json"
+    shards = set(_read(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for name in sorted(shards):
+        try:
+            with safe_open(folder / name, "pt"):  # which sees whether the file is as long as it says
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder} is not whole: {name} can't be read ({error}); export it again") from None
     missing = [name for name in ("fastapi", "uvicorn", "openai", "accelerate") if not importlib.util.find_spec(name)]
     if missing:
         raise ValueError(f"serving needs {', '.join(missing)}: pip install 'transformers[serving]'")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path.parent} is not whole: {path.name} can't be read ({error})") from None
+    return content if isinstance(content, dict) else {}
 
 
 def serve(folder: Path, host: str, port: int) -> None:
@@ -27,8 +46,10 @@ def serve(folder: Path, host: str, port: int) -> None:
     would not need it.
 
     Raises:
-        ValueError: see `check_servable`.
+        ValueError: see `check_servable`; a port that can't be.
     """
+    if not 0 < port < 65536:
+        raise ValueError(f"--port is {port}; choose one from 1 to 65535")
     check_servable(folder)
     import transformers
     from transformers.cli.transformers import main

@@ -263,7 +263,7 @@ def read_config(run: Path) -> dict[str, Any]:
     """config.json of a run folder.
 
     Raises:
-        ValueError: there is none, it is broken, or from a newer version.
+        ValueError: there is none, it is broken, of transformers, or from a newer version.
     """
     path = run / "config.json"
     if not path.is_file():
@@ -271,9 +271,12 @@ def read_config(run: Path) -> dict[str, Any]:
     broken = f"{path} is broken; restore it from a backup, or train the run again"
     try:
         content = json.loads(path.read_text())
-        version = int(content["schema_version"])
+        of_transformers = "model_type" in content
+        version = 0 if of_transformers else int(content["schema_version"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(broken) from None
+    if of_transformers:
+        raise ValueError(f"{run} is a folder of transformers; make a run folder of it: nsphere import {run} RUN")
     if version > SCHEMA_VERSION:
         raise ValueError(
             f"{path} has schema version {version}, this nsphere reads up to {SCHEMA_VERSION}; install a newer nsphere"

@@ -81,6 +81,8 @@ def test_what_has_no_equal_is_refused(golden, tmp_path, capsys):
         ([], state | {"rotary_embed.freqs": state["rotary_embed.freqs"] * 2}, "rotates with other frequencies"),
         ([], manual | {"to_logits.linear.weight": 1.1 * manual["to_logits.linear.weight"]}, "to_logits is off the"),
         ([], half, "lacks layers.1.0.fn.to_v"),
+        ([], {name: state[name] for name in state if name.startswith("token_embed")}, "it lacks rotary_embed.freqs"),
+        ([], {"token_embed.linear.weight": torch.ones(2)}, "token_embed of this nGPT-pytorch model is no matrix"),
     ):
         torch.save(weights, tmp_path / "ngpt.pt")
         residual = [] if message.startswith("add_value") else ["--option", "add_value_residual=False"]

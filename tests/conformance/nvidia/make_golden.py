@@ -61,10 +61,10 @@ def import_reference(path):
     return module
 
 
-def build(reference, dtype):
+def build(reference, dtype, use_nGPT=1):
     """The authors' model; dtype None leaves its own mix."""
     reference.torch = torch if dtype is None else LiftedTorch(dtype)
-    config = reference.GPTConfig(**SHAPE, base_scale=1 / math.sqrt(SHAPE["n_embd"]), use_nGPT=1)
+    config = reference.GPTConfig(**SHAPE, base_scale=1 / math.sqrt(SHAPE["n_embd"]), use_nGPT=use_nGPT)
     model = reference.GPT(config)
     return model if dtype is None else model.to(dtype)
 

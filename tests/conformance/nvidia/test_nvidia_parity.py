@@ -128,9 +128,10 @@ def test_names_as_compile_and_ddp_leave_them(golden, prefix):
         assert torch.equal(wrapped[name], w)
 
 
-def test_a_gpt_of_theirs_is_refused(golden):
-    with pytest.raises(ValueError, match="rmsnorm_f"):
-        from_reference_state_dict(under(golden, "weights.") | {"rmsnorm_f.weight": torch.ones(32)})
+@pytest.mark.parametrize("name", ["transformer.wpe.weight", "transformer.h.0.query.bias"])
+def test_what_is_no_parameter_of_theirs_is_refused(golden, name):
+    with pytest.raises(ValueError, match=f"'{name}' is no parameter of the authors' models"):
+        from_reference_state_dict(under(golden, "weights.") | {name: torch.ones(32)})
 
 
 @pytest.mark.skipif("NGPT_MODEL_PY" not in os.environ, reason="NGPT_MODEL_PY names no model.py of NVIDIA/ngpt")
