@@ -81,7 +81,7 @@ def test_the_ratios_are_those_of_the_results() -> None:
     def fused(what: str) -> str:
         return spread([r["fused_over_plain"][1] for name, r in fuse.items() if name.startswith(what)])
 
-    sizes = [f"{step[f'{size} compiled']['ngpt']['over_gpt_qknorm'][1]:.2f}×" for size in ("demo", "d512")]
+    sizes = [f"{step[f'{size} compiled']['ngpt']['over_gpt-qknorm'][1]:.2f}×" for size in ("demo", "d512")]
     expected = {
         "nsphere bench step": f"{sizes[0]} (d 256), {sizes[1]} (d 512)",
         "benchmarks/qk.py": spread([kind["ratio_quartiles"]["torch.compile"][1] for kind in result("qk")["kinds"]]),
