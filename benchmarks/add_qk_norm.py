@@ -87,6 +87,16 @@ def validate(model: Any, batches: list[Any]) -> float:
     return statistics.fmean(loss_of(model, batch).item() for batch in batches)
 
 
+def smoothed(losses: list[float], number: int) -> list[float]:
+    """Means of so many losses in a row."""
+    return [statistics.fmean(losses[i : i + number]) for i in range(len(losses) - number + 1)]
+
+
+def largest_rise(losses: list[float]) -> float:
+    """The largest rise above the lowest that came before."""
+    return max(x - min(losses[: i + 1]) for i, x in enumerate(losses))
+
+
 def one_seed(args: Args, seed: int, corpus: Any) -> dict[str, Any]:
     batches = Batches(corpus.train, context=args.context, batch_size=16, seed=seed)
     held_out = val_batches(corpus.val, context=args.context, batch_size=16, num_sequences=128)
@@ -102,9 +112,7 @@ def one_seed(args: Args, seed: int, corpus: Any) -> dict[str, Any]:
         for lr in args.lrs:
             going_on = copy.deepcopy(model)
             losses = train(going_on, batches, args.pretrain, args.steps, lr, args.warmup)
-            # the largest rise above the lowest loss seen before, over means of five steps
-            smooth = [statistics.fmean(losses[i : i + 5]) for i in range(len(losses) - 4)]
-            rise = max(x - min(smooth[: i + 1]) for i, x in enumerate(smooth))
+            rise = largest_rise(smoothed(losses, 5))
             end = validate(going_on, held_out)
             result["runs"].setdefault(arm, {})[str(lr)] = {"losses": losses, "rise": rise, "end": end}
             print(
@@ -114,38 +122,51 @@ def one_seed(args: Args, seed: int, corpus: Any) -> dict[str, Any]:
     return result
 
 
-def draw(results: list[dict[str, Any]], args: Args, path: Path) -> None:
+def panels(number: int) -> tuple[Any, Any]:
+    """A figure with a panel for each learning rate."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(args.lrs), figsize=(3.2 * len(args.lrs), 3.0), sharey=True)
+    return plt.subplots(1, number, figsize=(3.2 * number, 3.0), sharey=True)
+
+
+def plot_losses(axis: Any, losses: list[float], colour: str, label: str | None) -> list[float]:
+    """Draw means of ten losses over the last step of each; returns them."""
+    smooth = smoothed(losses, 10)
+    axis.plot(range(10, len(losses) + 1), smooth, color=colour, lw=0.9, alpha=0.85, label=label)
+    return smooth
+
+
+def name_panel(axis: Any, title: str, xlabel: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(xlabel)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Any, num_seeds: int, ylim: tuple[float, float], path: Path) -> None:
+    first = figure.axes[0]
+    first.set_ylim(*ylim)
+    first.set_ylabel(f"training loss, nats per byte\n(mean of 10 steps; {num_seeds} seeds)")
+    first.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    print(f"wrote {path}")
+
+
+def draw(results: list[dict[str, Any]], args: Args, path: Path) -> None:
+    figure, axes = panels(len(args.lrs))
     colours = dict(zip(ARMS, ("#b3432b", "#1f5fa8", "#7fa8d6"), strict=True))
     for axis, lr in zip(axes, args.lrs, strict=True):
         for arm in ARMS:
             for i, result in enumerate(results):
                 losses = result["runs"][arm][str(lr)]["losses"]
-                smooth = [statistics.fmean(losses[i : i + 10]) for i in range(len(losses) - 9)]
-                axis.plot(
-                    range(10, len(losses) + 1),
-                    smooth,
-                    color=colours[arm],
-                    lw=0.9,
-                    alpha=0.85,
-                    label=arm if i == 0 else None,
-                )
-        axis.set_title(f"learning rate {lr:g}", fontsize=10)
-        axis.set_xlabel("steps after QK-norm was added")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylim(1.5, 3.2)
-    axes[0].set_ylabel(f"training loss, nats per byte\n(mean of 10 steps; {len(results)} seeds)")
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    print(f"wrote {path}")
+                plot_losses(axis, losses, colours[arm], arm if i == 0 else None)
+        name_panel(axis, f"learning rate {lr:g}", "steps after QK-norm was added")
+    save(figure, len(results), (1.5, 3.2), path)
 
 
 def main(args: Args) -> None:

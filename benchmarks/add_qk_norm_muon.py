@@ -19,7 +19,6 @@ gradients are not finite.
 """
 
 import math
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -101,10 +100,9 @@ def summary(losses: list[float]) -> dict[str, Any]:
     """The losses, None where one is not finite; the first such step, from 1; how many; the largest rise before it."""
     lost = [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]
     before = losses[: lost[0] - 1] if lost else losses
-    smooth = [statistics.fmean(before[i : i + 10]) for i in range(len(before) - 9)]
     return {
         "losses": [loss if math.isfinite(loss) else None for loss in losses],
-        "rise": max(x - min(smooth[: i + 1]) for i, x in enumerate(smooth)),
+        "rise": tiny.largest_rise(tiny.smoothed(before, 10)),
         "first_nan": lost[0] if lost else None,
         "nans": len(lost),
     }
@@ -150,40 +148,24 @@ def one_seed(args: Args, seed: int, corpus: Any) -> dict[str, Any]:
 
 
 def draw(results: list[dict[str, Any]], args: Args, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(args.lrs), figsize=(3.2 * len(args.lrs), 3.0), sharey=True)
+    figure, axes = tiny.panels(len(args.lrs))
     for axis, lr in zip(axes, args.lrs, strict=True):
         for arm, colour in zip(ARMS, ("#b3432b", "#1f5fa8"), strict=True):
             lost = []
             for i, runs in enumerate(results):
                 nan = runs[arm][str(lr)]["first_nan"]
                 losses = runs[arm][str(lr)]["losses"][: None if nan is None else nan - 1]
-                smooth = [statistics.fmean(losses[i : i + 10]) for i in range(len(losses) - 9)]
-                steps = range(10, len(losses) + 1)
-                axis.plot(steps, smooth, color=colour, lw=0.9, alpha=0.85, label=arm if i == 0 else None)
+                smooth = tiny.plot_losses(axis, losses, colour, arm if i == 0 else None)
                 if nan is not None:
-                    axis.plot(steps[-1:], smooth[-1:], "x", color=colour, ms=7, mew=1.8)
+                    axis.plot(len(losses), smooth[-1], "x", color=colour, ms=7, mew=1.8)
                     lost.append((nan, smooth[-1]))
             if lost:
                 axis.annotate(
                     f"NaN from steps {', '.join(str(nan) for nan, _ in lost)}", max(lost), xytext=(10, 2),
                     textcoords="offset points", fontsize=8, color=colour,
                 )  # fmt: skip
-        axis.set_title(f"Muon, learning rate {lr:g}", fontsize=10)
-        axis.set_xlabel("steps")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylim(1.6, 4.0)
-    axes[0].set_ylabel(f"training loss, nats per byte\n(mean of 10 steps; {len(results)} seeds)")
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    print(f"wrote {path}")
+        tiny.name_panel(axis, f"Muon, learning rate {lr:g}", "steps")
+    tiny.save(figure, len(results), (1.6, 4.0), path)
 
 
 def main(args: Args) -> None:
