@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import operator
 import types
 import weakref
 from collections.abc import Callable
@@ -30,6 +31,7 @@ Flat = tuple[Tensor | None, ...]
 # The fields of SideTensors that are tensors, and how many of their leading dims are batch or length; a negative number
 # counts the trailing dims that are not.
 _FIELDS = ("weight", "bias", "cos", "sin", "multiplier")
+_fields_of = operator.attrgetter(*_FIELDS)
 _FREE = (0, 0, -1, -1, -2)
 # Plans, and ways to lay out their tensors, whose code is kept; a program has a few of each.
 _MAX_PLANS, _MAX_KINDS, _MAX_LOOKS = 256, 32, 256
@@ -69,7 +71,7 @@ def plan(specs: tuple[SideSpec, ...], shapes: tuple[tuple[int, int], ...], compi
 
 def run(sides: tuple[Tensor, ...], values: tuple[SideTensors, ...], plan: Plan) -> tuple[Tensor, ...]:
     """Apply the plan to q and k, or to one of them, with a backward that keeps little (first derivatives only)."""
-    flat = tuple([w for t in values for w in (t.weight, t.bias, t.cos, t.sin, t.multiplier)])
+    flat = tuple([w for t in values for w in _fields_of(t)])
     constants = tuple([t.constant for t in values])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*sides, *flat)):
         return _Function.apply(plan, constants, *sides, *flat)
