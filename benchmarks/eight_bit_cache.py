@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from nsphere.bench.harness import finish
 from nsphere.kv_cache import Vectors
 from nsphere.train.data import DataConfig, load_corpus, val_batches
-from nsphere.train.loop import data_cache
 from nsphere.train.saved import load_run
+from nsphere.train.token_cache import data_cache
 
 
 class FixedInt8(Vectors):

@@ -94,8 +94,7 @@ def test_bad_shapes_are_refused_before_the_data_is_read(capsys, tmp_path, monkey
     def never(*_, **__):
         raise AssertionError("the data was read")
 
-    monkeypatch.setattr("nsphere.train.loop.load_corpus", never)
-    monkeypatch.setattr("nsphere.compare.load_corpus", never)
+    monkeypatch.setattr("nsphere.train.job.load_corpus", never)
     for command in ("train", "compare"):
         flags = ["--out", tmp_path / "out", *QUICK, "--d-model", "33"]
         assert_refused(call(capsys, command, *flags), "d_model 33 is not divisible")
@@ -105,7 +104,7 @@ def test_a_bug_is_not_taken_for_bad_input(capsys, tmp_path, text, monkeypatch) -
     def bug(*_, **__):
         raise TypeError("a bug")
 
-    monkeypatch.setattr("nsphere.train.loop.load_corpus", bug)
+    monkeypatch.setattr("nsphere.train.job.load_corpus", bug)
     with pytest.raises(TypeError, match="a bug"):
         cli.main(["train", "--out", str(tmp_path / "out"), "--data", text, *QUICK])
 

@@ -11,12 +11,13 @@ import tiny
 import torch
 
 from nsphere import compare as compare_module
-from nsphere.compare import CompareConfig, Sweep, compare, grid_lr
+from nsphere.compare import CompareConfig, compare
 from nsphere.curves import headline_ratios
+from nsphere.lr_sweep import Sweep, grid_lr
 from nsphere.table import comparison_table
 from nsphere.train.distributed import Layout, World
 from nsphere.train.files import read_jsonl
-from nsphere.train.loop import Result
+from nsphere.train.run_folder import Result
 from nsphere.train.signals import Interrupted
 from nsphere.train.timing import StepCost
 from nsphere.train.trainer import NonFinite, Trainer
@@ -134,8 +135,7 @@ def test_the_sweep_extends_the_grid_until_the_optimum_is_inside(tmp_path, monkey
         {},
         World(Layout(), torch.device("cpu")),
     )
-    comparison._sweep("gpt")
-    sweep = comparison.sweeps["gpt"]
+    sweep = comparison._sweep("gpt", 1e-3)
     assert sweep.best == 0.01 and sweep.best_inside
     assert sorted(tried) == [grid_lr(i) for i in range(-16, -8)]  # 0.00063 … 0.016: no run beyond what was needed
     assert len(tried) == len(set(tried))

@@ -297,9 +297,10 @@ def _inspect(argv: list[str]) -> None:
     from nsphere.table import inspection_table
     from nsphere.train.data import DataConfig, load_corpus, val_batches
     from nsphere.train.inspection import inspect_model
-    from nsphere.train.loop import check_writable, data_cache
     from nsphere.train.machine import choose_device
+    from nsphere.train.run_folder import check_writable
     from nsphere.train.saved import load_run
+    from nsphere.train.token_cache import data_cache
 
     @dataclass(frozen=True)
     class Inspect:
@@ -342,9 +343,9 @@ def _eval(argv: list[str]) -> None:
     from nsphere.train.data import DataConfig, load_corpus
     from nsphere.train.evaluation import loss_by_context, usual_contexts
     from nsphere.train.files import atomic_write_json
-    from nsphere.train.loop import data_cache
     from nsphere.train.machine import choose_device
     from nsphere.train.saved import load_run
+    from nsphere.train.token_cache import data_cache
 
     @dataclass(frozen=True)
     class Eval:

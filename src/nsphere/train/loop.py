@@ -1,31 +1,21 @@
-"""The training run: one loop that can be read aloud, and the folder that it leaves.
-
-RUN/config.json         what defines the numbers
-    environment.json    versions and hardware, of every start
-    tokenizer/          what turns text into tokens and back
-    metrics.jsonl       a line per step and per evaluation
-    tensorboard/        the same for TensorBoard
-    checkpoints/        see checkpoint.py
-    result.json         written at the end
-"""
+"""The training run: one loop that can be read aloud. What it leaves in its folder: run_folder.py."""
 
 import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nsphere.hypersphere import max_norm_deviation, project_what_is_off_
 from nsphere.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from nsphere.train.config import RunOptions, TrainConfig, differences, model_config, read_config, record, resolve, shown
-from nsphere.train.data import Corpus, DataConfig, load_corpus
-from nsphere.train.distributed import World, start
-from nsphere.train.files import RunLock, atomic_write_json
+from nsphere.train.data import Corpus, DataConfig
+from nsphere.train.distributed import World
+from nsphere.train.files import atomic_write_json
+from nsphere.train.job import job
 from nsphere.train.machine import choose_device, environment
 from nsphere.train.metrics import (
     Metrics,
@@ -34,91 +24,20 @@ from nsphere.train.metrics import (
     flops_per_token,
     peak_flops,
 )
-from nsphere.train.progress import StepProgress, console, duration, say
+from nsphere.train.progress import StepProgress, duration, say
 from nsphere.train.roll_call import RollCall
+from nsphere.train.run_folder import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    RESULT_FILE,
+    TOKENIZER_FOLDER,
+    Result,
+    check_run_folder,
+    earlier_result,
+)
 from nsphere.train.signals import Interrupted, StopRequest
 from nsphere.train.tokenizer import load_tokenizer
-from nsphere.train.trainer import NonFinite, Trainer, micro_batch_size, pin_dtype, process_settings
-
-CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE = "config.json", "environment.json", "result.json"
-TOKENIZER_FOLDER = "tokenizer"
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended; result.json."""
-
-    final_val_loss: float
-    """Nats per token."""
-    bits_per_byte: float | None
-    """None where the data does not say how many bytes a token stands for."""
-    steps: int
-    tokens: int
-    skipped_steps: int
-    num_parameters: int
-    train_seconds: float
-    """Wall time of all steps, evaluations and checkpoints apart."""
-    data_sha256: str
-
-
-def data_cache() -> Path:
-    """Where tokenised data is kept between runs: $NSPHERE_CACHE, or the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = os.environ.get("NSPHERE_CACHE") or f"{base}/nsphere"
-    return Path(os.path.expanduser(folder))  # which, unlike Path's, leaves ~ alone where there is no home
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that can't be made or written, without making it.
-
-    Raises:
-        ValueError: with the reason.
-    """
-    try:
-        existing = folder
-        while not existing.exists():
-            existing = existing.parent
-    except OSError as error:
-        raise ValueError(f"{folder} can't be written: {error.strerror}; choose another folder") from None
-    if not existing.is_dir():
-        raise ValueError(f"{folder} can't be written: {existing} is a file; choose another folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder} can't be written: no permission in {existing}; choose another folder")
-
-
-def check_run_folder(out: Path, resume: bool) -> None:
-    """Refuse to write over a run or a comparison; before the data is read.
-
-    Raises:
-        ValueError: it can't be written, or --resume is needed.
-    """
-    check_writable(out)
-    if (out / "compare.json").exists():
-        raise ValueError(f"{out} holds a comparison; choose another --out for the run")
-    if (out / CONFIG_FILE).exists() and not resume:
-        raise ValueError(f"run folder {out} exists; give --resume to continue it, or another --out")
-
-
-def check_same(out: Path, there: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
-    """Refuse to continue a run or comparison as another one.
-
-    Raises:
-        ValueError: what differs.
-    """
-    different = differences(json.loads(json.dumps(wanted)), there)
-    if different:
-        raise ValueError(f"{out} holds another {what}: {shown(different)}. Choose another --out, or remove this one")
-
-
-def read_result(out: Path) -> Result | None:
-    """The result of a finished run, or None if it is not finished."""
-    path = out / RESULT_FILE
-    if not path.exists():
-        return None
-    try:
-        return Result(**json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} is broken; delete it and resume the run, which only evaluates again") from None
+from nsphere.train.trainer import NonFinite, Trainer, micro_batch_size, pin_dtype
 
 
 def train(
@@ -156,74 +75,24 @@ def train(
     model_config(arm, config, vocab_size=1)  # a shape that can't be is refused before the data is read
     micro_batch_size(config, options)
     check_tracker(options.track)
-    joined = start(options.layout, options.device) if world is None else contextlib.nullcontext(world)
-    with (
-        joined as world,
-        process_settings(options, world.device),
-        one_voice(world),
-        RollCall(world, f"; start it again with --resume on {out}") as roll_call,
-        contextlib.ExitStack() as held,
-    ):
-        with roll_call.during("the preparation"):
+    with job(out, options, world) as work:
+        with work.during("the preparation"):
+            world = work.world
             world.all(lambda: check_run_folder(out, resume))
-            if corpus is None:
-                corpus = world.first_then_all(lambda: load_corpus(data, cache_dir=data_cache()))
+            corpus = work.load_corpus(data) if corpus is None else corpus
             settings: dict[str, Any] = {"train": config, "data": data, "options": options}
             asked = {name: dataclasses.asdict(given) for name, given in settings.items()}
-            check_agreement(world, {"arm": arm, **asked, "data_sha256": corpus.sha256})
+            work.check_agreement({"arm": arm, **asked, "data_sha256": corpus.sha256})
             trainer = Trainer(arm, config, options, corpus, world)
             wanted = record(arm, config, data, trainer.model_config)
-            done = world.first(lambda: _earlier(out, wanted))
+            done = world.first(lambda: earlier_result(out, wanted))
             if done is not None:
                 say(f"{out}: finished before, validation loss {done.final_val_loss:.4f}")
                 return done
             if config.init_from is not None and world.first(lambda: latest_checkpoint(out)) is None:
                 _start_from(trainer, Path(config.init_from))
-
-            def lock() -> None:
-                held.enter_context(RunLock(out))
-                check_run_folder(out, resume)  # again: another job may have been here since
-                _earlier(out, wanted)
-
-            world.first(lock)
-        return _Run(trainer, out, wanted, title or arm, roll_call).go()
-
-
-def check_agreement(world: World, mine: dict[str, Any]) -> None:
-    """Refuse ranks that were started with different settings or data, which would wait for each other in vain.
-
-    Raises:
-        ValueError: which rank differs from rank 0, and in what.
-    """
-    others_choice = ("device", "threads")
-    mine = {**mine, "options": {k: v for k, v in mine["options"].items() if k not in others_choice}}
-    for rank, theirs in enumerate(seen := world.all(lambda: mine)):
-        if different := differences(seen[0], theirs):
-            raise ValueError(
-                f"rank {rank} was started otherwise than rank 0: {shown(different)}. Give all ranks the same flags, "
-                "data and environment"
-            )
-
-
-@contextlib.contextmanager
-def one_voice(world: World) -> Iterator[None]:
-    """Rank 0 alone talks to the person watching."""
-    before, console.quiet = console.quiet, not world.is_first
-    try:
-        yield
-    finally:
-        console.quiet = before
-
-
-def _earlier(out: Path, wanted: dict[str, Any]) -> Result | None:
-    """The result of an earlier start, if it finished.
-
-    Raises:
-        ValueError: the folder holds another run, or a broken one.
-    """
-    if (out / CONFIG_FILE).exists():
-        check_same(out, read_config(out), wanted, "run")
-    return read_result(out)
+            work.take(out, lambda: (check_run_folder(out, resume), earlier_result(out, wanted)))
+        return _Run(trainer, out, wanted, title or arm, work.roll_call).go()
 
 
 def _start_from(trainer: Trainer, source: Path) -> None:

@@ -12,7 +12,7 @@ from nsphere.layers import Decoder
 from nsphere.presets import make_config, make_model
 from nsphere.train.checkpoint import load_checkpoint
 from nsphere.train.config import read_config
-from nsphere.train.loop import TOKENIZER_FOLDER
+from nsphere.train.run_folder import TOKENIZER_FOLDER
 from nsphere.train.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -17,6 +17,13 @@ logger = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 
 
+def data_cache() -> Path:
+    """Where tokenised data is kept between runs: $NSPHERE_CACHE, or the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = os.environ.get("NSPHERE_CACHE") or f"{base}/nsphere"
+    return Path(os.path.expanduser(folder))  # which, unlike Path's, leaves ~ alone where there is no home
+
+
 def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
     """A folder that `build` fills, built once.
 
