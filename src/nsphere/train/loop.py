@@ -203,6 +203,7 @@ class _Run:
             raise NonFinite(self._advice(error)) from None
         seconds = time.perf_counter() - began
         self.train_seconds += seconds
+        bound = attention_logit_bound(trainer.model)
         rate = trainer.tokens_per_step / seconds
         self.metrics.write(
             step,
@@ -213,6 +214,7 @@ class _Run:
             tokens=step * trainer.tokens_per_step,
             seconds=seconds,
             tokens_per_second=rate,
+            **({} if bound is None else {"attention_logit_bound": self.world.largest(bound)[0]}),
             **({} if self.mfu_of_a_token is None else {"mfu": rate * self.mfu_of_a_token}),
             **({"skipped": True} if result.skipped else {}),
             **({} if result.qk_clip is None else result.qk_clip._asdict()),
@@ -274,14 +276,12 @@ class _Run:
         if not math.isfinite(self.val_loss):
             raise NonFinite(self._advice(f"the validation loss at step {trainer.num_steps} is {self.val_loss}"))
         worst = max_norm_deviation(trainer.model)
-        bound = attention_logit_bound(trainer.model)
         self.metrics.write(
             trainer.num_steps,
             "eval",
             val_loss=self.val_loss,
             tokens=trainer.num_steps * trainer.tokens_per_step,
             **({} if worst is None else {"max_norm_deviation": worst.value}),
-            **({} if bound is None else {"attention_logit_bound": self.world.largest(bound)[0]}),
         )
 
     def _advice(self, error: NonFinite | str) -> str:
