@@ -184,5 +184,6 @@ def test_what_is_sent_and_held_is_what_the_paper_says(two: dict[str, Any], four:
 
 
 def test_compiled_ranks_train_as_one_eager_process(shared: Path) -> None:
-    for numbers, others in launch(2, "compiled", shared).values():
-        assert numbers == pytest.approx(others, rel=LOSS)
+    found = launch(2, "compiled", shared)
+    assert len(found) == 2
+    assert {run: d for run, d in found.items() if not close(d)} == {}

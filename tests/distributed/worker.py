@@ -62,9 +62,11 @@ class Job:
             "weights": whole_weights(trainer),
         }
 
-    def against_one(self, arm: str, world: World, steps: int = STEPS, **shape: Any) -> dict[str, float]:
-        """How far a layout's numbers are from those of one process, relative to those."""
-        many = self.run(arm, world, steps, **shape)
+    def against_one(
+        self, arm: str, world: World, steps: int = STEPS, compile: bool = False, **shape: Any
+    ) -> dict[str, float]:
+        """How far a layout's numbers are from those of one eager process, relative to those."""
+        many = self.run(arm, world, steps, compile=compile, **shape)
         key = json.dumps([arm, steps, shape])
         if key not in self.references:  # on every rank: what a rank does alone, all can do
             self.references[key] = self.run(arm, None, steps, **shape)
@@ -372,10 +374,12 @@ def four_ranks(job: Job) -> dict[str, Any]:
 
 
 def compiled(job: Job) -> dict[str, Any]:
-    """One layer, compiled, against one process without the compiler."""
-    with world_of(tp=2) as tp:
-        compiled, eager = (job.run("ngpt", world, 2, num_layers=1, compile=bool(world)) for world in (tp, None))
-    return {key: [compiled[key], eager[key]] for key in ("losses", "grad_norms")}
+    """Compiled ranks, some of which compute their activations again in the backward pass."""
+    with world_of(tp=2) as tp, world_of(dp_shard=2, activation_checkpointing=True) as checkpointed_fsdp:
+        return {
+            "tp": job.against_one("ngpt", tp, 2, compile=True, num_layers=1),
+            "checkpointed fsdp": job.against_one("ngpt", checkpointed_fsdp, 4, compile=True),
+        }
 
 
 if __name__ == "__main__":
