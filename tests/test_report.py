@@ -16,7 +16,7 @@ import pytest
 import summaries
 from matplotlib.figure import Figure
 
-from nsphere import drawing, page, pictures, report
+from nsphere import drawing, page, pictures, report, verdict
 from nsphere.curves import headline_ratios, ratio_curve
 
 PICTURED = {
@@ -95,7 +95,7 @@ class TestAnswer:
 
     def test_fewer_tokens_and_seconds(self):
         made = summaries.summary()
-        sentence, remarks = report.answer(made)
+        sentence, remarks = verdict.answer(made)
         assert sentence == (
             f"nGPT needed {made['tokens_ratio']:.2f}× the tokens and {made['seconds_ratio']:.2f}× the seconds"
             " to reach GPT + QK-norm’s final loss."
@@ -106,16 +106,16 @@ class TestAnswer:
 
     def test_fewer_tokens_but_more_seconds(self):
         made = summaries.summary() | {"tokens_ratio": 0.95, "seconds_ratio": 1.1}
-        assert "0.95× the tokens but 1.10× the seconds" in report.answer(made)[0]
+        assert "0.95× the tokens but 1.10× the seconds" in verdict.answer(made)[0]
 
     def test_tokens_without_seconds(self):
         made = summaries.summary() | {"seconds_ratio": None, "seconds_ratio_reason": "no step times"}
-        sentence, remarks = report.answer(made)
+        sentence, remarks = verdict.answer(made)
         assert "seconds" not in sentence and "In seconds: no step times." in remarks
 
     def test_never_reached(self):
         made = summaries.summary(final={"ngpt": 1.25})
-        sentence, remarks = report.answer(made)
+        sentence, remarks = verdict.answer(made)
         assert sentence == ("nGPT did not reach GPT + QK-norm’s final loss of 1.202 nats per token; it ended at 1.250.")
         assert remarks[0].startswith(
             f"GPT + QK-norm reached nGPT’s final loss with {made['reverse_tokens_ratio']:.2f}× the tokens"
@@ -123,41 +123,41 @@ class TestAnswer:
 
     def test_seeds_that_overlap_are_said(self):
         made = summaries.summary(seeds=3, final={"ngpt": 1.198})
-        assert "final losses overlap" in report.answer(made)[1][-1]
-        assert "final losses overlap" not in report.answer(summaries.summary(seeds=3))[1][-1]
+        assert "final losses overlap" in verdict.answer(made)[1][-1]
+        assert "final losses overlap" not in verdict.answer(summaries.summary(seeds=3))[1][-1]
 
     def test_seeds_that_never_got_there_are_counted(self):
         made = summaries.summary(seeds=3) | {"tokens_ratio_by_seed": {"0": 0.7, "1": None, "2": 0.8}}
-        last = report.answer(made)[1][-1]
+        last = verdict.answer(made)[1][-1]
         assert "between 0.70 and 0.80" in last and "In 1 of 3 seeds nGPT did not get there" in last
 
     def test_an_optimum_at_the_edge_is_said(self):
         made = summaries.summary()
         made["arms"]["gpt"]["lr_sweep"]["best_inside_grid"] = False
-        assert "learning rate of GPT lies at the edge" in report.answer(made)[1][-1]
+        assert "learning rate of GPT lies at the edge" in verdict.answer(made)[1][-1]
 
     def test_a_variant_of_ngpt_answers_where_ngpt_is_not_there(self):
         made = summaries.summary()
         made["arms"]["ngpt,s_qk=fixed"] = made["arms"].pop("ngpt")
         made |= {"tokens_ratio": None, "seconds_ratio": None, "tokens_ratio_reason": "no arm 'ngpt'"}
-        expected = report.answer(summaries.summary())[0].replace("nGPT", "ngpt,s_qk=fixed")
-        assert report.answer(made)[0] == expected
+        expected = verdict.answer(summaries.summary())[0].replace("nGPT", "ngpt,s_qk=fixed")
+        assert verdict.answer(made)[0] == expected
 
     def test_no_ratio_has_its_reason(self):
         made = summaries.summary()
         for seed in made["arms"]["gpt-qknorm"]["seeds"].values():
             seed.pop("curve")
         made |= headline_ratios(made["arms"], "gpt-qknorm")
-        sentence, remarks = report.answer(made)
+        sentence, remarks = verdict.answer(made)
         assert sentence == "This run gives no ratio between nGPT and GPT + QK-norm."
         assert remarks[0] == "gpt-qknorm has no validation curve with finite losses."
 
     def test_nothing_to_compare(self):
-        sentence, _ = report.answer(summaries.summary(arms=("gpt", "gpt-qknorm")))
+        sentence, _ = verdict.answer(summaries.summary(arms=("gpt", "gpt-qknorm")))
         assert sentence == (
             "No nGPT arm was measured, so there is no comparison; GPT + QK-norm ended at 1.202 nats per token."
         )
-        sentence, _ = report.answer(summaries.summary(arms=("ngpt",)))
+        sentence, _ = verdict.answer(summaries.summary(arms=("ngpt",)))
         assert sentence.startswith("No GPT arm was measured") and "nGPT ended at 1.162" in sentence
 
 
@@ -165,7 +165,7 @@ class TestPage:
     def test_the_answer_comes_first(self, three_seeds):
         made, path = three_seeds
         html = path.read_text(encoding="utf-8")
-        assert f"<h1>{report.answer(made)[0]}</h1>" in html
+        assert f"<h1>{verdict.answer(made)[0]}</h1>" in html
         assert html.index("<h1>") < html.index("<table")
 
     def test_every_chart_has_its_picture_explanation_and_label(self, three_seeds):
@@ -574,8 +574,8 @@ def test_the_recipes_are_told(tmp_path) -> None:
 
 def test_untuned_learning_rates_are_said_beside_the_headline() -> None:
     told = summaries.summary(("gpt", "ngpt"))
-    assert "--sweep-lr" not in " ".join(report.answer(told)[1])
+    assert "--sweep-lr" not in " ".join(verdict.answer(told)[1])
     told["arms"]["gpt"]["lr_source"] = "tuned for gpt at the demo preset's settings, not for these"
-    assert "learning rate of GPT was not tuned for these settings" in " ".join(report.answer(told)[1])
+    assert "learning rate of GPT was not tuned for these settings" in " ".join(verdict.answer(told)[1])
     told["arms"]["ngpt"]["lr_source"] = "a usual value, not tuned"
-    assert "learning rate of GPT and nGPT was not tuned" in " ".join(report.answer(told)[1])
+    assert "learning rate of GPT and nGPT was not tuned" in " ".join(verdict.answer(told)[1])

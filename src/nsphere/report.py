@@ -8,39 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nsphere import pictures
-from nsphere.curves import headline_ratios, mean_curve, ngpt_arm
-from nsphere.drawing import arm_styles, clean, count, power_of_ten
-from nsphere.page import (
-    arm_title,
-    block,
-    escape,
-    figure,
-    folded,
-    html_page,
-    not_available,
-    pair,
-    section,
-    table,
-)
+from nsphere.arms_table import descriptions, table_of_arms
+from nsphere.curves import mean_curve
+from nsphere.drawing import arm_styles, count
+from nsphere.inside_figures import inside_figures
+from nsphere.page import arm_title, block, escape, figure, folded, html_page, not_available, pair, section, table
 from nsphere.train.files import atomic_write_text
-
-EIGEN_LR = (("eigen_lr_attention", "α_A, attention"), ("eigen_lr_mlp", "α_M, MLP"))
-SCALES = (("s_qk", "s_qk, queries and keys"), ("s_u", "s_u, MLP in"), ("s_v", "s_ν, MLP gate"))
-MATRICES = {
-    "W_q": "W_q, queries",
-    "W_k": "W_k, keys",
-    "W_v": "W_v, values",
-    "W_o": "W_o, attention output",
-    "W_u": "W_u, MLP in",
-    "W_nu": "W_ν, MLP gate",
-    "W_v_gate": "W_ν, MLP gate",
-    "W_down": "W_down, MLP out",
-}
+from nsphere.verdict import answer, seed_losses
 
 
 def write_report(summary: Mapping[str, Any], path: Path) -> None:
@@ -62,7 +41,7 @@ def write_report(summary: Mapping[str, Any], path: Path) -> None:
         f"<h1>{escape(sentence)}</h1>",
         *(f'<p class="lead">{escape(remark)}</p>' for remark in remarks),
         "</header>",
-        section("The arms", f'<div class="arms-side">{_table_of_arms(summary)}{_descriptions(summary)}</div>'),
+        section("The arms", f'<div class="arms-side">{table_of_arms(summary)}{descriptions(summary)}</div>'),
         section("Loss", pair(_loss(summary, "tokens"), _loss(summary, "seconds"))),
         section(
             "What each loss costs",
@@ -71,7 +50,7 @@ def write_report(summary: Mapping[str, Any], path: Path) -> None:
         ),
         section("Final loss and speed", pair(_final_loss(summary), _step_time(summary))),
         section("Learning rates", pair(_sweep(summary), _best_lr(summary))),
-        section("Inside the models", *_inside({n: a.get("inspection") for n, a in summary["arms"].items()})),
+        section("Inside the models", *inside_figures({n: a.get("inspection") for n, a in summary["arms"].items()})),
         section("What the arms write", _samples(summary)),
         section("How to repeat it", _repeat(environment, summary.get("config"))),
         section("What this does not show", _limits(summary)),
@@ -95,73 +74,9 @@ def write_inspection(inspection: Mapping[str, Any], title: str, path: Path) -> N
     name = "ngpt" if any(layer.get("eigen_lr_attention") for layer in inspection.get("layers", [])) else "gpt"
     body = [
         f'<header><p class="kicker">nsphere inspect</p><h1>{escape(title)}</h1></header>',
-        section("Inside the model", *_inside({name: inspection})),
+        section("Inside the model", *inside_figures({name: inspection})),
     ]
     atomic_write_text(path, html_page(f"nsphere inspect: {title}", body))
-
-
-def answer(summary: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The comparison's result in one sentence, whichever way it went, and the remarks that belong with it."""
-    arms = summary["arms"]
-    styles = arm_styles(arms)
-    best, name = summary.get("best_gpt_arm"), ngpt_arm(arms)
-    if name is None or best is None:
-        only, missing = best or name, "GPT" if best is None else "nGPT"
-        result = f"; {styles[only].title} ended at {_loss_text(arms[only])}" if only else ""
-        return f"No {missing} arm was measured, so there is no comparison{result}.", []
-
-    found = summary if name == "ngpt" else headline_ratios(arms, best, name)
-    ratio, seconds = found.get("tokens_ratio"), found.get("seconds_ratio")
-    ours, theirs, ended = styles[name].title, styles[best].title, _loss_text(arms[name], "")
-    target = mean_curve(arms[best])["val_loss"][-1:]
-    goal = f"{target[0]:.3f} nats per token" if target else _loss_text(arms[best])
-    after = f" after {count(arms[name]['tokens'])} tokens" if arms[name].get("tokens") else ""
-    remarks = [f"{theirs} is the best GPT arm here; its final loss is {goal}. {ours} itself ended at {ended}{after}."]
-    if ratio is not None and seconds is not None:
-        link = "and" if (ratio < 1) == (seconds < 1) else "but"
-        cost = f"{ratio:.2f}× the tokens {link} {seconds:.2f}× the seconds"
-        sentence = f"{ours} needed {cost} to reach {theirs}’s final loss."
-    elif ratio is not None:
-        sentence = f"{ours} needed {ratio:.2f}× the tokens to reach {theirs}’s final loss."
-        remarks.append(f"In seconds: {found.get('seconds_ratio_reason') or 'not measured'}.")
-    elif found.get("reverse_tokens_ratio") is not None:
-        sentence = f"{ours} did not reach {theirs}’s final loss of {goal}; it ended at {ended}."
-        reverse = f"{theirs} reached {ours}’s final loss with {found['reverse_tokens_ratio']:.2f}× the tokens"
-        if found.get("reverse_seconds_ratio") is not None:
-            reverse += f" and {found['reverse_seconds_ratio']:.2f}× the seconds"
-        remarks = [f"{reverse} that {ours} needed."]
-    else:
-        sentence = f"This run gives no ratio between {ours} and {theirs}."
-        remarks = [f"{found.get('tokens_ratio_reason') or 'No reason was recorded'}."]
-    return sentence, [*remarks, _caution(arms, best, name, found.get("tokens_ratio_by_seed") or {})]
-
-
-def _caution(arms: Mapping[str, Any], best: str, name: str, by_seed: Mapping[str, float | None]) -> str:
-    """What a reader must know before believing the sentence above it."""
-    styles = arm_styles(arms)
-    said = []
-    if len(by_seed) > 1:
-        reached = [ratio for ratio in by_seed.values() if ratio is not None]
-        if reached:
-            said.append(f"Seed by seed the tokens ratio lies between {min(reached):.2f} and {max(reached):.2f}")
-        if len(reached) < len(by_seed):
-            said.append(
-                f"In {len(by_seed) - len(reached)} of {len(by_seed)} seeds {styles[name].title} did not get there"
-            )
-        ours, theirs = (_seed_losses(arms[arm]) for arm in (name, best))
-        if ours and theirs and max(min(ours), min(theirs)) <= min(max(ours), max(theirs)):
-            said.append("The seeds’ final losses overlap: it takes more seeds to tell the two apart")
-    else:
-        said.append("One seed: how much of the difference is chance cannot be told from this run")
-    edge = [n for n, arm in arms.items() if (arm.get("lr_sweep") or {}).get("best_inside_grid") is False]
-    if edge:
-        names = " and ".join(styles[name].title for name in edge)
-        said.append(f"The best learning rate of {names} lies at the edge of the grid: it may do better than shown")
-    untuned = [n for n in (best, name) if "not tuned" in (src := arms[n].get("lr_source") or "") or "not for" in src]
-    if untuned:
-        names = " and ".join(styles[n].title for n in untuned)
-        said.append(f"The learning rate of {names} was not tuned for these settings: --sweep-lr tunes every arm")
-    return ". ".join(said) + "."
 
 
 def _what_was_run(summary: Mapping[str, Any]) -> list[str]:
@@ -179,91 +94,6 @@ def _what_was_run(summary: Mapping[str, Any]) -> list[str]:
     if environment.get("date"):
         parts.append(str(environment["date"])[:10])
     return parts
-
-
-def _table_of_arms(summary: Mapping[str, Any]) -> str:
-    arms = summary["arms"]
-    best = summary.get("best_gpt_arm")
-    lowest = min(
-        (arm["final_val_loss"] for arm in arms.values() if arm.get("final_val_loss") is not None), default=None
-    )
-
-    def to_reach(against: str) -> list[str]:
-        cells = []
-        for name in arms:
-            answers = headline_ratios(arms, best, name)
-            ratio, target = answers[f"{against}_ratio"], answers["target_loss"]
-            falls_short = target is not None and min(mean_curve(arms[name])["val_loss"]) > target
-            cells.append(f"{ratio:.2f}" if ratio is not None else "never" if falls_short else "–")
-        return cells
-
-    def each(key: str, form: Any) -> list[str]:
-        return [form(arm[key]) if arm.get(key) is not None else "–" for arm in arms.values()]
-
-    def with_seeds(arm: Mapping[str, Any]) -> str:
-        losses = _seed_losses(arm)
-        loss = arm.get("final_val_loss")
-        text = "–" if loss is None else f"{loss:.4f}"
-        text = f"<strong>{text}</strong>" if loss is not None and loss == lowest else text
-        if len(losses) > 1:
-            return f"{text}<small>{min(losses):.3f}–{max(losses):.3f}</small>"
-        spread = arm.get("final_val_loss_spread")
-        return text + (f"<small>spread {spread:.3f}</small>" if spread is not None else "")
-
-    def step_time(arm: Mapping[str, Any]) -> str:
-        if arm.get("step_time_ms_median") is None:
-            return "–"
-        spread = arm.get("step_time_ms_spread")
-        around = f"<small>{spread[0]:.3g}–{spread[1]:.3g}</small>" if spread else ""
-        return f"{arm['step_time_ms_median']:.4g}{around}"
-
-    lines = [("final validation loss, nats per token", [with_seeds(arm) for arm in arms.values()])]
-    lines.append(("bits per byte", each("bits_per_byte", lambda v: f"{v:.4f}")))
-    if best:
-        goal = escape(arm_styles(arms)[best].title)
-        lines.append((f"tokens to reach {goal}’s final loss, ratio", to_reach("tokens")))
-        lines.append((f"seconds to reach {goal}’s final loss, ratio", to_reach("seconds")))
-    lines += [
-        ("learning rate", each("best_lr", lambda v: f"{v:.3g}")),
-        ("tokens trained on", each("tokens", count)),
-        ("steps", each("steps", lambda v: f"{v:,}")),
-        ("step time, ms (median)", [step_time(arm) for arm in arms.values()]),
-        ("tokens per second", each("tokens_per_second", lambda v: f"{v:,.0f}")),
-        ("training, wall time with compiling", each("train_seconds", _duration)),
-        ("peak memory", each("peak_memory_bytes", lambda v: f"{count(v)}B")),
-        ("parameters", each("num_parameters", lambda v: f"{v:,}")),
-    ]
-    if any(arm.get("skipped_steps") for arm in arms.values()):
-        lines.append(("steps skipped, loss not finite", each("skipped_steps", str)))
-    return table(["", *(arm_title(name, arms) for name in arms)], lines, "arms")
-
-
-def _descriptions(summary: Mapping[str, Any]) -> str:
-    styles = arm_styles(summary["arms"])
-    items = []
-    for name, arm in summary["arms"].items():
-        source = f" Learning rate: {arm['lr_source']}." if arm.get("lr_source") else ""
-        items.append(
-            f"<dt>{escape(styles[name].title)} <code>{escape(name)}</code></dt>"
-            f"<dd>{escape((arm.get('description') or 'no description').rstrip('.'))}.{escape(source)}</dd>"
-        )
-    return f'<dl class="arms">{"".join(items)}</dl>' + _recipes(summary["arms"])
-
-
-def _recipes(arms: Mapping[str, Any]) -> str:
-    """What each arm was optimised with, and the fields of its model that not all arms have."""
-    recipe = {name: arm.get("recipe") or {} for name, arm in arms.items()}
-    model = {name: arm.get("model") or {} for name, arm in arms.items()}
-    # fields that every architecture has are the shape, which is the same for all and stands at the top of the page
-    own = [field for fields in model.values() for field in fields if not all(field in m for m in model.values())]
-    fields = list(dict.fromkeys([field for fields in recipe.values() for field in fields] + own))
-    lines = [(escape(f), [_setting({**model[name], **recipe[name]}.get(f, "–")) for name in arms]) for f in fields]
-    head = ["", *(escape(style.title) for style in arm_styles(arms).values())]
-    return folded("The recipes", table(head, lines)) if lines else ""
-
-
-def _setting(value: object) -> str:
-    return escape(f"{value:.4g}" if isinstance(value, float) else value)
 
 
 def _loss(summary: Mapping[str, Any], against: str) -> str:
@@ -350,7 +180,7 @@ def _ratio_numbers(summary: Mapping[str, Any]) -> str:
 def _final_loss(summary: Mapping[str, Any]) -> str:
     arms = summary["arms"]
     rows = [
-        (name, arm["final_val_loss"], _seed_losses(arm), f"{arm['final_val_loss']:.3f}{_in_bits(arm)}")
+        (name, arm["final_val_loss"], seed_losses(arm), f"{arm['final_val_loss']:.3f}{_in_bits(arm)}")
         for name, arm in arms.items()
         if arm.get("final_val_loss") is not None
     ]
@@ -418,123 +248,6 @@ def _best_lr(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _inside(inspections: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
-    """The figures of the inside of the models; `inspections`: arm -> its inspection, or None."""
-    found = {name: inspection for name, inspection in inspections.items() if inspection}
-    if not found:
-        return ['<p class="missing">Not available: no model was inspected.</p>']
-    layers = {name: inspection.get("layers") or [] for name, inspection in found.items()}
-    return [
-        _eigen_lr(found, layers),
-        _scales(found, layers),
-        _condition_numbers(layers),
-        pair(_attention_logits(layers), _norm_deviation(found)),
-    ]
-
-
-def _attention_logits(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    lines = {name: [layer.get("max_attention_logit") for layer in own] for name, own in layers.items()}
-    return figure(
-        "attention-logits",
-        "Largest attention logit",
-        "Attention that saturates shows as logits that grow with training; QK-norm and the sphere bound them.",
-        [pictures.layers_picture("attention-logits", "largest logit, before the softmax", lines)],
-        layers,
-        missing="attention logits were not measured",
-    )
-
-
-def _eigen_lr(found: Mapping[str, Any], layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    styles, whose = arm_styles(found), _whose(layers)
-    panels = []
-    for i, name in enumerate(found):
-        for key, what in EIGEN_LR:
-            values = [layer.get(key) for layer in layers[name]]
-            panels.append(
-                pictures.eigen_lr_picture(f"eigen-lr-{i}-{key}", whose[name] + what, values, styles[name].colour)
-            )
-    return figure(
-        "eigen-lr",
-        "Eigen learning rates",
-        "How far each layer moves the hidden state towards what its block proposes: 0 is not at all, 1 all the way."
-        " Mark: mean over the dimensions; thick: one standard deviation; thin: smallest to largest.",
-        panels,
-        (),
-        missing="only nGPT has eigen learning rates, and no nGPT arm was inspected",
-    )
-
-
-def _scales(found: Mapping[str, Any], layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    styles, whose = arm_styles(found), _whose(layers)
-    panels = []
-    for i, (name, inspection) in enumerate(found.items()):
-        distributions = {what: [layer.get(key) for layer in layers[name]] for key, what in (*EIGEN_LR, *SCALES)}
-        distributions["s_z, vocabulary"] = [inspection.get("s_z")]
-        for k, (what, values) in enumerate(distributions.items()):
-            panels.append(pictures.ridges_picture(f"scales-{i}-{k}", whose[name] + what, values, styles[name].colour))
-    return figure(
-        "scales",
-        "Distributions of the learned scales",
-        "One histogram per layer, its mean as a tick; a wide one uses its freedom per dimension,"
-        " a spike could have been a single number.",
-        panels,
-        (),
-        missing="only nGPT has these scales, and no nGPT arm was inspected",
-        small=True,
-    )
-
-
-def _whose(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
-    """The arm's name for the titles of its panels, needed only where several arms have eigen learning rates."""
-    styles = arm_styles(layers)
-    several = sum(any(layer.get("eigen_lr_attention") for layer in own) for own in layers.values()) > 1
-    return {name: f"{styles[name].title}: " if several else "" for name in layers}
-
-
-def _norm_deviation(found: Mapping[str, Any]) -> str:
-    styles = arm_styles(found)
-    items = []
-    for name, inspection in found.items():
-        deviation = inspection.get("max_norm_deviation")
-        if deviation is not None:
-            verdict = "within" if deviation <= 1e-6 else "<strong>above</strong>"
-            items.append(
-                f'<p><span class="big">{power_of_ten(deviation, 2)}</span> {escape(styles[name].title)}: '
-                f"{verdict} the limit of 10⁻⁶ that holds after every step.</p>"
-            )
-    return block(
-        "norm-deviation",
-        "Distance from the hypersphere",
-        "The largest |‖w‖ − 1| over every row or column that belongs on the sphere; rounding to fp32 alone gives"
-        " about 10⁻⁷.",
-        "".join(items) or not_available("no arm keeps its matrices on the hypersphere, or it was not measured"),
-    )
-
-
-def _condition_numbers(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    every = [layer.get("condition_numbers") or {} for own in layers.values() for layer in own]
-    matrices = list(dict.fromkeys(matrix for numbers in every for matrix in numbers))
-    values = [v for numbers in every for v in numbers.values() if v is not None and 0 < v < float("inf")]
-    panels = []
-    for i, matrix in enumerate(matrices):
-        lines = {
-            name: [(layer.get("condition_numbers") or {}).get(matrix) for layer in own] for name, own in layers.items()
-        }
-        limits = (min(values) / 1.5, max(values) * 1.5) if values else None
-        title = clean(MATRICES.get(matrix, matrix))
-        panels.append(pictures.layers_picture(f"condition-{i}", title, lines, True, limits, (230, 190)))
-    return figure(
-        "condition-numbers",
-        "Condition numbers of the matrices",
-        "Largest over smallest singular value, by layer: the higher, the closer a matrix is to having lost directions."
-        " The scale is logarithmic and the same in every panel.",
-        panels,
-        layers,
-        missing="condition numbers were not measured",
-        small=True,
-    )
-
-
 def _samples(summary: Mapping[str, Any]) -> str:
     styles = arm_styles(summary["arms"])
     parts = []
@@ -582,24 +295,6 @@ def _measured(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_measured(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _seed_losses(arm: Mapping[str, Any]) -> list[float]:
-    losses = [seed.get("final_val_loss") for seed in (arm.get("seeds") or {}).values()]
-    return [loss for loss in losses if loss is not None]
-
-
-def _loss_text(arm: Mapping[str, Any], unit: str = " nats per token") -> str:
-    loss = arm.get("final_val_loss")
-    return "no finite loss" if loss is None else f"{loss:.3f}{unit}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _plain(value: object) -> str:

@@ -55,7 +55,7 @@ def comparison_table(summary: Mapping[str, Any], out: Path) -> str:
 
 
 def _answer(summary: Mapping[str, Any]) -> str:
-    from nsphere.report import answer
+    from nsphere.verdict import answer
 
     sentence, remarks = answer(summary)
     return "\n".join([sentence, *remarks])
