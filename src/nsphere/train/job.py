@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nsphere.ops.backend import can_compile
 from nsphere.train.compile_cache import remove_unwritten_libraries
 from nsphere.train.config import RunOptions, differences, shown
 from nsphere.train.data import Corpus, DataConfig, load_corpus
@@ -82,7 +83,6 @@ def job(folder: Path, options: RunOptions, world: World | None = None) -> Iterat
         ValueError: a layout or device that can't be.
         LostRank: another rank died or hangs.
     """
-    begins = world is None
     joined = start(options.layout, options.device) if world is None else contextlib.nullcontext(world)
     with (
         joined as world,
@@ -91,7 +91,7 @@ def job(folder: Path, options: RunOptions, world: World | None = None) -> Iterat
         RollCall(world, f"; start it again with --resume on {folder}") as roll_call,
         contextlib.ExitStack() as held,
     ):
-        if begins and options.compile:
+        if options.compile and can_compile(world.device.type).available:
             for library in remove_unwritten_libraries():
                 say(f"removed {library}: a process that was killed while it compiled has left it empty")
         yield Job(world, roll_call, held)
