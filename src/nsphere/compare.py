@@ -1,7 +1,7 @@
 """The main job: arms trained side by side on the same batches, and what each needed to get where.
 
 OUT/compare.json                    what is compared; a second start with other settings is refused
-    arms/ARM/lr-LR-seed-SEED/       a run folder each (see train/loop.py), those of a sweep among them
+    arms/ARM/lr-LR-seed-SEED/       a run folder each (see train/run_folder.py), those of a sweep among them
     summary.json  report.html       the answer, as numbers and as a page
 """
 

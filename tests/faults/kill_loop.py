@@ -37,6 +37,7 @@ from nsphere.train.checkpoint import load_checkpoint
 from nsphere.train.checkpoint_folders import by_step, is_complete
 from nsphere.train.files import read_jsonl
 from nsphere.train.loop import train
+from nsphere.train.machine import git_commit
 
 STEPS = 30
 
@@ -148,6 +149,7 @@ def kill_loop(folder: Path, kills: int, seed: int, ranks: int, arm: str = "ngpt"
         "slowest end of the ranks left, s": round(slowest, 2),
         "seconds": round(time.monotonic() - began),
         "torch": torch.__version__,
+        "commit": git_commit(),
     }
 
 
