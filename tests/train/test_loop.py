@@ -308,7 +308,7 @@ train("ngpt", config, RunOptions(threads=2, checkpoint_every=5, tensorboard=Fals
 def test_compiled_with_two_threads_is_bit_identical_also_when_killed(tmp_path, data, monkeypatch) -> None:
     """Two runs in fresh processes, and one killed with SIGKILL in its middle and resumed: the same to the last bit.
 
-    With the process all that it had compiled was killed, which leaves empty libraries in torch's cache.
+    Its compiler, so the test pretends, was killed too, and left an empty library in torch's cache.
     """
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     command = [sys.executable, "-c", _RUN, data.data]
@@ -323,11 +323,11 @@ def test_compiled_with_two_threads_is_bit_identical_also_when_killed(tmp_path, d
     killed.wait()
     assert not (tmp_path / "cut" / "result.json").exists()
     libraries = [path for path in tmp_path.glob("compiled/*/*.so") if path.parent.name != "nsphere"]
-    for path in libraries:
-        os.truncate(path, 0)
+    kernel = max(libraries, key=lambda path: path.stat().st_size)
+    os.truncate(kernel, 0)
     resumed = subprocess.run([*command, str(tmp_path / "cut")], capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
-    assert libraries and all(f"removed {path}: a process that was killed" in resumed.stderr for path in libraries)
+    assert f"removed {kernel}: a process that was killed" in resumed.stderr
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert_same_run(tmp_path / "one", tmp_path / "cut")
 
