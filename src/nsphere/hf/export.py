@@ -11,7 +11,7 @@ from transformers.utils import logging
 from nsphere.generate import Sampling
 from nsphere.hf.convert import to_hf
 from nsphere.hf.tokenizer import hf_tokenizer
-from nsphere.train.loop import read_result
+from nsphere.train.run_folder import read_result
 from nsphere.train.saved import SavedRun
 
 

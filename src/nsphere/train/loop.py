@@ -91,7 +91,12 @@ def train(
                 return done
             if config.init_from is not None and world.first(lambda: latest_checkpoint(out)) is None:
                 _start_from(trainer, Path(config.init_from))
-            work.take(out, lambda: (check_run_folder(out, resume), earlier_result(out, wanted)))
+
+            def check() -> None:
+                check_run_folder(out, resume)
+                earlier_result(out, wanted)
+
+            work.take(out, check)
         return _Run(trainer, out, wanted, title or arm, work.roll_call).go()
 
 
