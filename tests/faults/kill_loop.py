@@ -81,7 +81,7 @@ def first_step_is_made(run: Path, starts: int) -> bool:
 def kill_loop(folder: Path, kills: int, seed: int, ranks: int, arm: str = "ngpt") -> dict[str, Any]:
     """Do it; what was seen. Raises AssertionError if anything shows."""
     rng, data = random.Random(seed), tiny.text_file(folder)
-    began = time.monotonic()
+    began, commit = time.monotonic(), git_commit()
 
     def start(run: Path) -> Job:
         return Job(ranks, lambda rank: work(arm, data, run), run.with_suffix(".log"))
@@ -149,7 +149,7 @@ def kill_loop(folder: Path, kills: int, seed: int, ranks: int, arm: str = "ngpt"
         "slowest end of the ranks left, s": round(slowest, 2),
         "seconds": round(time.monotonic() - began),
         "torch": torch.__version__,
-        "commit": git_commit(),
+        "commit": commit,
     }
 
 
