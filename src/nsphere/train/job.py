@@ -25,8 +25,8 @@ from nsphere.train.trainer import process_settings
 class Job:
     """The ranks at work, and what they hold until the end. Every method is called by all of them; see `job`."""
 
-    def __init__(self, world: World, roll_call: RollCall, held: contextlib.ExitStack) -> None:
-        self.world, self.roll_call, self._held = world, roll_call, held
+    def __init__(self, world: World, roll_call: RollCall, held: contextlib.ExitStack, compiles: bool) -> None:
+        self.world, self.roll_call, self._held, self._compiles = world, roll_call, held, compiles
         self.during = roll_call.during
 
     def load_corpus(self, data: DataConfig) -> Corpus:
@@ -53,7 +53,7 @@ class Job:
                 )
 
     def take(self, folder: Path, check: Callable[[], object]) -> None:
-        """Lock the folder until the job ends, and only then `check` it once more; on rank 0.
+        """Lock the folder until the job ends, and only then `check` it once more; on rank 0. The work begins with it.
 
         Raises:
             ValueError: another job has the folder, or, having been here since, left what `check` refuses.
@@ -64,6 +64,9 @@ class Job:
             check()
 
         self.world.first(lock)
+        if self._compiles:
+            for library in remove_unwritten_libraries():
+                say(f"removed {library}: a process that was killed while it compiled has left it empty")
 
     def heed_signals(self) -> None:
         """From here to the end note signals, rather than obey them."""
@@ -91,10 +94,7 @@ def job(folder: Path, options: RunOptions, world: World | None = None) -> Iterat
         RollCall(world, f"; start it again with --resume on {folder}") as roll_call,
         contextlib.ExitStack() as held,
     ):
-        if options.compile and can_compile(world.device.type).available:
-            for library in remove_unwritten_libraries():
-                say(f"removed {library}: a process that was killed while it compiled has left it empty")
-        yield Job(world, roll_call, held)
+        yield Job(world, roll_call, held, options.compile and can_compile(world.device.type).available)
 
 
 @contextlib.contextmanager
