@@ -1,10 +1,14 @@
-"""GPT of convention nanogpt, against nanoGPT's formula over nanoGPT's own names in fp64, and in everything that uses it.
+"""GPT of convention nanogpt: against nanoGPT's formula over its own names in fp64, and in everything that uses it.
 
 Legend: T tokens, H heads, D head_dim, d d_model.
 """
 
 import dataclasses
+import json
 import math
+import shutil
+import sys
+import types
 
 import needs
 import pytest
@@ -20,11 +24,13 @@ from nsphere.gpt import GPT, GPTConfig
 from nsphere.nanogpt import NanoGPT, config_of, from_nanogpt_state_dict, to_nanogpt_state_dict
 from nsphere.presets import make_model
 from nsphere.qk_clip import QKClip
-from nsphere.train.config import read_config
+from nsphere.train.config import read_config, resolve
+from nsphere.train.data import DataConfig
 from nsphere.train.distributed import Layout, World
 from nsphere.train.inspection import inspect_model
 from nsphere.train.loop import train
 from nsphere.train.metrics import flops_per_token
+from nsphere.train.optimizer import make_optimizers
 from nsphere.train.parallelize import check_layout
 from nsphere.train.saved import load_run
 
@@ -177,7 +183,10 @@ def test_init_is_nanogpts():
 
 def test_what_can_not_be():
     for fields, message in (
-        ({"convention": "paper", "bias": True}, "bias and gelu are nanoGPT's; got bias True and gelu 'exact' with conv"),
+        (
+            {"convention": "paper", "bias": True},
+            "bias and gelu are nanoGPT's; got bias True and gelu 'exact' with conv",
+        ),
         ({"convention": "nvidia", "gelu": "tanh"}, "bias and gelu are nanoGPT's"),
         ({"gelu": "new"}, "gelu is 'new'; choose exact or tanh"),
         ({"rope_base": 500.0}, "learns its positions and rotates nothing; got rope_base 500"),
@@ -267,11 +276,8 @@ def test_counts():
 
 
 def test_tensor_parallelism_is_refused():
-    recipe = tiny.config()
-    world = World(Layout(1, 1, 2), CPU)
-    object.__setattr__(world, "tp", 2) if not hasattr(type(world), "tp") else None
     with pytest.raises(ValueError, match="tensor parallelism is not made for learned positions and biases"):
-        check_layout(GPTConfig(**SHAPE), world, recipe, 1)
+        check_layout(GPTConfig(**SHAPE), World(Layout(1, 1, 2), CPU), tiny.config(), 1)
 
 
 def test_qk_clip_clips_biases_with_their_rows():
@@ -305,10 +311,14 @@ def call(capsys, *argv):
 def test_a_run_is_trained_resumed_evaluated_and_looked_into(run, tmp_path, capsys):
     assert isinstance(run.model, NanoGPT) and run.model.config.bias
     assert max(p.abs().max() for n, p in run.model.named_parameters() if n.endswith("bias")) > 0
-    folder = tmp_path / "half"
-    data = tiny.text_file(tmp_path)
-    train(ARM, tiny.config(), tiny.options(), data, folder)
-    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), load_run(folder, CPU).model.parameters(), strict=True))
+    cut = tmp_path / "cut"
+    shutil.copytree(run.folder, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-00000006")
+    (cut / "result.json").unlink()
+    assert load_run(cut, CPU).step == 4
+    train(ARM, tiny.config(), tiny.options(), DataConfig(**run.config["data"]), cut, resume=True)
+    again = load_run(cut, CPU).model.state_dict()
+    assert all(torch.equal(t, again[name]) for name, t in run.model.state_dict().items())
     code, out, err = call(capsys, "eval", run.folder, "--device", "cpu")
     assert code == 0 and "16 (trained)" in out and "32" not in out, err
     code, out, err = call(capsys, "eval", run.folder, "--contexts", 32)
@@ -321,9 +331,6 @@ def test_a_run_is_trained_resumed_evaluated_and_looked_into(run, tmp_path, capsy
 
 
 def test_weight_decay_is_of_matrices_and_positions_alone(run):
-    from nsphere.train.config import resolve
-    from nsphere.train.optimizer import make_optimizers
-
     (optimizer,) = make_optimizers(run.model, resolve(ARM, tiny.config()))
     decayed, free = (group["params"] for group in optimizer.param_groups)
     names = {id(p): name for name, p in run.model.named_parameters()}
@@ -334,8 +341,6 @@ def test_weight_decay_is_of_matrices_and_positions_alone(run):
 
 
 def test_a_config_of_before_these_fields_is_read_as_it_was_meant(run, tmp_path):
-    import json
-
     (tmp_path / "run").mkdir()
     content = json.loads((run.folder / "config.json").read_text())
     older = dataclasses.asdict(GPTConfig(vocab_size=256, context=16, d_model=32, num_layers=2, num_heads=2))
@@ -343,3 +348,117 @@ def test_a_config_of_before_these_fields_is_read_as_it_was_meant(run, tmp_path):
     del older["bias"], older["gelu"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(content | {"model": older}))
     assert read_config(tmp_path / "run")["model"] == whole
+
+
+def refused(capsys, source, out, message, *flags):
+    code, said, err = call(capsys, "import", source, out, *flags)
+    assert (code, said, err.count("\n")) == (2, "", 1), err
+    assert message in err, err
+    assert not out.exists()
+
+
+SAID = {"block_size": 8, "vocab_size": 17, "n_layer": 2, "n_head": 3, "n_embd": 12, "dropout": 0.1, "bias": True}
+
+
+def config_object(monkeypatch):
+    """NanoGPT's dataclass of these, which is `model.GPTConfig` there."""
+    fields = [(name, type(value), value) for name, value in SAID.items()]
+    kind = dataclasses.make_dataclass("GPTConfig", fields, namespace={"__module__": "model"})
+    monkeypatch.setitem(sys.modules, "model", types.ModuleType("model"))
+    sys.modules["model"].GPTConfig = kind
+    return kind()
+
+
+def checkpoint(path, of, *, masks=False, **more):
+    """What nanoGPT's train.py saves, by its names; `masks` as versions before flash attention have them."""
+    state = {f"_orig_mod.{name}": t.float() for name, t in to_nanogpt_state_dict(of).items()}
+    if masks:
+        for i in range(2):
+            state[f"_orig_mod.transformer.h.{i}.attn.bias"] = torch.ones(8, 8).tril().view(1, 1, 8, 8)
+    content = {
+        "model": state,
+        "optimizer": torch.optim.AdamW(of.parameters()).state_dict(),
+        "model_args": SAID | {"bias": of.config.bias},
+        "iter_num": 2000,
+        "best_val_loss": torch.tensor(1.25),
+        "config": {"dataset": "openwebtext", "compile": True, "learning_rate": 6e-4},
+    }
+    content |= more
+    torch.save({name: value for name, value in content.items() if value is not None}, path)
+    return path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["as train.py saves it", "masks, no biases", "config object", "flags", "GPT-2's GELU"])
+def test_a_checkpoint_becomes_a_run_of_the_same_function(form, tmp_path, capsys, monkeypatch):
+    model = make(bias=form != "masks, no biases")
+    more, flags = {}, ()
+    if form == "config object":
+        more = {"model_args": None, "config": config_object(monkeypatch)}
+    elif form == "flags":
+        more, flags = {"model_args": None, "config": None}, ("--num-heads", 3)
+    elif form == "GPT-2's GELU":
+        flags = ("--option", "gelu=tanh")
+    path = checkpoint(tmp_path / "ckpt.pt", model, masks=form == "masks, no biases", **more)
+    monkeypatch.undo()  # no class of nanoGPT is needed to read it
+    if form == "flags":
+        refused(capsys, path, tmp_path / "run", "does not say its number of heads; give --num-heads")
+        refused(capsys, path, tmp_path / "run", "--context is 9, and", *flags, "--context", 9)
+    code, out, err = call(capsys, "import", path, tmp_path / "run", *flags)
+    assert code == 0 and f"gpt, {model.num_parameters():,} parameters, step 2000" in out, err
+    back = load_run(tmp_path / "run", CPU).model
+    kind = "tanh" if form == "GPT-2's GELU" else "exact"
+    assert back.config == dataclasses.replace(model.config, gelu=kind, init_std=0.02) and back.config.tied
+    expected = torch.stack([formula(weights(model), row, 3, kind) for row in TOKENS])
+    torch.testing.assert_close(back.double()(TOKENS), expected, rtol=1e-5, atol=1e-5)  # the file is fp32
+
+
+def test_checkpoints_that_are_no_nanogpt(tmp_path, capsys):
+    model, out, path = make(bias=True), tmp_path / "run", tmp_path / "ckpt.pt"
+    state = {name: t.float() for name, t in to_nanogpt_state_dict(model).items()}
+
+    def saved(**more):
+        return checkpoint(path, model, **more)
+
+    def without(part):
+        return {name: t for name, t in state.items() if part not in name}
+
+    refused(capsys, saved(), out, "nanoGPT has no option 'gelu=new' that matters here; known: gelu=exact, gelu=tanh",
+            "--option", "gelu=new")  # fmt: skip
+    refused(capsys, saved(), out, "--num-heads is 2, and", "--num-heads", 2)
+    for change, message in (
+        ({"model": without("h.1.ln_2")}, "Missing key(s) in state_dict: \"blocks.1.mlp_norm"),
+        ({"model": without("wte")}, "it lacks what becomes embed.weight"),
+        ({"model": without("transformer.h.")}, "it lacks what becomes blocks.0.mlp.W_u.weight"),
+        ({"model": {**state, "transformer.wpe.weight": torch.ones(3)}}, "becomes embed.positions is no matrix"),
+        ({"model": without("c_attn.bias")}, "does not fit the model it describes"),
+        ({"model": {**state, "transformer.h.0.attn.rope": torch.ones(3)}}, "'transformer.h.0.attn.rope' is no param"),
+        ({"model_args": {"n_head": 5}}, "d_model 12 is not divisible by num_heads 5"),
+        ({"model_args": {"n_head": 3, "block_size": 16}}, "says a context of 16 and holds 8 positions"),
+    ):  # fmt: skip
+        refused(capsys, saved(**change), out, message)
+
+
+def test_an_untied_checkpoint_keeps_its_head(tmp_path, capsys):
+    model = make(torch.float32, tied=False)
+    path = checkpoint(tmp_path / "ckpt.pt", model)
+    assert call(capsys, "import", path, tmp_path / "run")[0] == 0
+    back = load_run(tmp_path / "run", CPU).model
+    assert not back.config.tied and torch.equal(back.head.weight, model.head.weight)
+
+
+def test_an_import_is_trained_further(tmp_path, capsys):
+    data = tiny.text_file(tmp_path)
+    model = make_model(
+        GPTConfig(vocab_size=256, context=16, d_model=32, num_layers=2, num_heads=2, convention="nanogpt")
+    )
+    said = {"n_head": 2, "block_size": 16}
+    path = checkpoint(tmp_path / "ckpt.pt", model, model_args=said)
+    assert call(capsys, "import", path, tmp_path / "theirs")[0] == 0
+    tuned = tiny.config(init_from=str(tmp_path / "theirs"), steps=1, lr=1e-9, warmup_steps=0, weight_decay=0.0)
+    train("gpt:convention=nanogpt", tuned, tiny.options(), data, tmp_path / "tuned")
+    trained = load_run(tmp_path / "tuned", CPU).model
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(trained.get_parameter(name), p, rtol=0, atol=1e-8)
+    with pytest.raises(ValueError, match="the weights belong to another model: convention is 'nanogpt' there"):
+        train("gpt", tuned, tiny.options(), data, tmp_path / "other")

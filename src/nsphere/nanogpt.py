@@ -149,7 +149,7 @@ def from_nanogpt_state_dict(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
                 ours[f"blocks{block[1][1:]}.{module}.{block[3]}"] = part
         elif not re.fullmatch(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", name):
             raise ValueError(f"{full_name!r} is no parameter of nanoGPT; give the state dict of its unchanged model")
-    if "head.weight" in ours and torch.equal(ours["head.weight"], ours["embed.weight"]):
+    if {"head.weight", "embed.weight"} <= ours.keys() and torch.equal(ours["head.weight"], ours["embed.weight"]):
         del ours["head.weight"]
     return ours
 
