@@ -108,6 +108,8 @@ def test_logits_loss_and_every_gradient(fields):
     model = make(**fields)
     w, targets = weights(model), TOKENS.roll(1, 1)
     H, kind = model.config.num_heads, model.config.gelu
+    modules = {name.rpartition(".")[0] for name in w if ".h." in name or ".ln_f." in name}
+    assert {f"{module}.bias" in w for module in modules} == {model.config.bias}
     expected = torch.stack([formula(w, row, H, kind) for row in TOKENS])
     torch.testing.assert_close(model(TOKENS), expected, **CLOSE)
     torch.testing.assert_close(model(TOKENS[:, :3]), expected[:, :3], **CLOSE)
