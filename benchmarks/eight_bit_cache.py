@@ -38,7 +38,7 @@ def make_cache(model, rows, tokens, dtype, fixed):
     cache = model.make_cache(rows, tokens, dtype)
     if dtype in ("int8", "fp8"):
         shape = (rows, tokens, model.config.num_kv_heads, model.config.head_dim)
-        device = model.rope_cos.device
+        device = model.device
         for i, (_, v) in enumerate(cache.layers):
             k = FixedInt8(shape, device) if fixed and dtype == "int8" else Vectors(shape, dtype, device, unit=fixed)
             cache.layers[i] = k, v

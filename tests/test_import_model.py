@@ -94,13 +94,13 @@ def test_foreign_folders_and_files(tmp_path, capsys, run):
     refused(run.folder, "is a run folder of nsphere already")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    refused(tmp_path / "bert", "holds a model of type 'bert'; ngpt, llama and qwen3 can be imported")
+    refused(tmp_path / "bert", "holds a model of type 'bert'; ngpt, gpt2, llama and qwen3 can be imported")
     save_file({"x": torch.ones(2)}, tmp_path / "x.safetensors")
     refused(tmp_path / "x.safetensors", "does not say what its tensors are")
     (tmp_path / "x.pt").write_bytes(b"no zip")
     refused(tmp_path / "x.pt", "is no checkpoint of torch.save")
     for state, message in (
-        ({"transformer.wpe.weight": torch.ones(2)}, "of nanoGPT, whose learned positions, LayerNorms and GELU"),
+        ({"transformer.wpe.weight": torch.ones(2)}, "does not say its number of heads; give --num-heads"),
         (
             {"transformer.wte.weight": torch.ones(2), "lm_head.weight": torch.ones(2)},
             "it lacks transformer.wte.weight, and",

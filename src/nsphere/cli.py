@@ -380,7 +380,7 @@ def _eval(argv: list[str]) -> None:
             f"the data has a vocabulary of {corpus.vocab_size} and the model one of {run.model.config.vocab_size}; "
             "give data made by the model's own tokenizer"
         )
-    contexts = args.contexts or usual_contexts(run.model.config.context, len(corpus.val))
+    contexts = args.contexts or usual_contexts(run.model, len(corpus.val))
     with run.autocast():
         found = loss_by_context(
             run.folded(),
@@ -417,8 +417,8 @@ def _import(argv: list[str]) -> None:
         """Make a run folder of a model from elsewhere."""
 
         source: Annotated[Path, tyro.conf.Positional]
-        """A .safetensors of nsphere export, a transformers folder (nGPT, Llama, Qwen3), a ckpt.pt of NVIDIA/ngpt, or a
-        saved state dict of PyPI's nGPT-pytorch."""
+        """A .safetensors of nsphere export, a transformers folder (nGPT, GPT-2, Llama, Qwen3), a ckpt.pt of nanoGPT or
+        NVIDIA/ngpt, or a saved state dict of PyPI's nGPT-pytorch."""
         out: Annotated[Path, tyro.conf.Positional]
         """The run folder to make."""
         num_heads: int | None = None
@@ -428,8 +428,8 @@ def _import(argv: list[str]) -> None:
         tokenizer: str | None = None
         """bytes, a tokenizer.json or its folder; the source's own if not given."""
         option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-        """What a model of nGPT-pytorch was built with, where it is not the default: add_value_residual=False.
-        Repeatable."""
+        """What a model of nGPT-pytorch was built with, where it is not the default: add_value_residual=False; of
+        nanoGPT gelu=tanh. Repeatable."""
 
     args = _parse(Import, "import", argv)
     found = import_model(

@@ -131,7 +131,7 @@ def export_program(model: Decoder) -> torch.export.ExportedProgram:
     """The folded model as a program: tokens int64 [B, T] → logits [B, T, V], T up to the context."""
     context = model.config.context
     batch, time = torch.export.Dim("batch"), torch.export.Dim("time", max=context)
-    tokens = torch.zeros(2, min(3, context), dtype=torch.long, device=model.rope_cos.device)
+    tokens = torch.zeros(2, min(3, context), dtype=torch.long, device=model.device)
     # without these attributes dims of 1 are taken for constants
     shapes: dict[str, Any] = {"tokens": {0: batch, 1: time}}
     return torch.export.export(_Logits(fold(model)), (tokens,), dynamic_shapes=shapes)

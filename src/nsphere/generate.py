@@ -136,7 +136,7 @@ class Generation:
         for request in requests:
             _check(request, model)
         self.model, self.compiled = model, compile
-        self.device = model.rope_cos.device
+        self.device = model.device
         self.rows = [_Row(request) for request in requests]
         if cache_dtype is None and torch.is_autocast_enabled(self.device.type):
             cache_dtype = torch.get_autocast_dtype(self.device.type)

@@ -1,4 +1,7 @@
-"""GPT: the opponent. Pre-RMSNorm, rotary positions, SwiGLU, no biases, optional QK-norm, tied or untied."""
+"""GPT: the opponent. Pre-RMSNorm, rotary positions, SwiGLU, no biases, optional QK-norm, tied or untied.
+
+Its conventions beside this one are subclasses: `ngpt_nvidia.NvidiaGPT`, and `nanogpt.NanoGPT`, which is GPT-2.
+"""
 
 import math
 from dataclasses import dataclass
@@ -18,20 +21,44 @@ from nsphere.qk_norm import QKNorm
 class GPTConfig(DecoderConfig):
     """A GPT: the shape, and what is peculiar to this architecture."""
 
+    convention: Literal["paper", "nvidia", "nanogpt"] = "paper"
+    """nvidia: the rotary code of nGPT's authors, see nsphere.ngpt_nvidia; nanogpt: learned positions, LayerNorm and
+    GELU, as in nanoGPT and GPT-2, see nsphere.nanogpt."""
     qk_norm: str = "none"
     """Norm of q and k per head before the rotary embedding: none, rms, layer, l2 or any registered norm."""
     qk_norm_over: Literal["head", "full"] = "head"
     """What one statistic of that norm spans: a head, or all heads together, as in OLMo 2."""
-    tied: bool = False
-    """Whether the output head is the token embedding."""
-    norm_eps: float = 1e-6
-    """eps of the RMS norms, inside the root."""
+    # the two below are never None once constructed: __post_init__ fills them in
+    tied: bool = None  # type: ignore[assignment]
+    """Whether the output head is the token embedding; if not given, in nanogpt it is."""
+    norm_eps: float = None  # type: ignore[assignment]
+    """eps of the norms, inside the root; 1e-6 if not given, in nanogpt 1e-5."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; W_o and W_down are further divided by √(2 num_layers)."""
+    bias: bool = False
+    """Whether linear layers and LayerNorms have biases; of convention nanogpt alone."""
+    gelu: Literal["exact", "tanh"] = "exact"
+    """GELU with the error function, or GPT-2's approximation of it by tanh; of convention nanogpt alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        nanogpt = self.convention == "nanogpt"
+        for name, default in (("tied", nanogpt), ("norm_eps", 1e-5 if nanogpt else 1e-6)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         check_positive(self, "norm_eps", "init_std")
+        if self.gelu not in ("exact", "tanh"):
+            raise ValueError(f"gelu is {self.gelu!r}; choose exact or tanh")
+        if not nanogpt and (self.bias or self.gelu != "exact"):
+            raise ValueError(
+                f"bias and gelu are nanoGPT's; got bias {self.bias} and gelu {self.gelu!r} with convention "
+                f"{self.convention}; leave them at their defaults, or give convention nanogpt"
+            )
+        if nanogpt and self.rope_base != DecoderConfig.rope_base:
+            raise ValueError(
+                f"convention nanogpt learns its positions and rotates nothing; got rope_base {self.rope_base:g}; leave "
+                "it at its default"
+            )
         if self.qk_norm_over not in ("head", "full"):
             raise ValueError(f"qk_norm_over is {self.qk_norm_over!r}; choose head or full")
         if self.qk_norm != "none":
@@ -72,7 +99,9 @@ class GPTBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(d, eps=config.norm_eps)
         self.mlp = SwiGLU(linear(d, config.d_mlp), linear(d, config.d_mlp), linear(config.d_mlp, d))
 
-    def forward(self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: Slots | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, rope: RopeTables | None, mask: Tensor | None = None, cache: Slots | None = None
+    ) -> Tensor:
         h = h + self.attn(self.attn_norm(h), rope, mask, cache)
         return h + self.mlp(self.mlp_norm(h))
 
@@ -89,16 +118,23 @@ class GPT(Decoder):
     def __init__(self, config: GPTConfig) -> None:
         self.check_convention(config)
         self.config = config
-        blocks = [GPTBlock(config, self.make_qk_norm(config)) for _ in range(config.num_layers)]
-        super().__init__(
-            config,
-            Embedding(config.vocab_size, config.d_model),
-            blocks,
-            nn.RMSNorm(config.d_model, eps=config.norm_eps),
-        )
+        blocks = [self.make_block(config) for _ in range(config.num_layers)]
+        super().__init__(config, self.make_embedding(config), blocks, self.make_final_norm(config))
         if not config.tied:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights()
+
+    def make_block(self, config: GPTConfig) -> nn.Module:
+        """One block."""
+        return GPTBlock(config, self.make_qk_norm(config))
+
+    def make_embedding(self, config: GPTConfig) -> nn.Module:
+        """What tokens become."""
+        return Embedding(config.vocab_size, config.d_model)
+
+    def make_final_norm(self, config: GPTConfig) -> nn.Module:
+        """What stands before the output head."""
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
 
     def make_qk_norm(self, config: GPTConfig) -> QKNorm:
         """What one attention does to q and k: its norm, if any, then RoPE."""

@@ -1,4 +1,4 @@
-"""Models from elsewhere as run folders: our own exports, transformers folders, checkpoints of other nGPT code."""
+"""Models from elsewhere as run folders: our own exports, transformers folders, checkpoints of nanoGPT and nGPTs."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ from torch import Tensor
 from nsphere.export import METADATA_KEY, new_folder
 from nsphere.gpt import GPTConfig
 from nsphere.layers import Decoder
+from nsphere.nanogpt import config_of, from_nanogpt_state_dict
 from nsphere.ngpt import NGPT, NGPTConfig
 from nsphere.ngpt_nvidia import from_reference_state_dict
 from nsphere.ngpt_pytorch import from_ngpt_pytorch, parse_options
@@ -52,14 +53,15 @@ def import_model(
     """Read a model and write it as a run folder, whole or not at all. Nothing in it is executed.
 
     Args:
-        source: a .safetensors file of `nsphere export`; a transformers folder with an nGPT, or with a Llama or Qwen3
-            of the shape that GPT has; a checkpoint of NVIDIA/ngpt (ckpt.pt), nGPT or GPT; a state dict of PyPI's
-            nGPT-pytorch.
+        source: a .safetensors file of `nsphere export`; a transformers folder with an nGPT, a GPT-2, or a Llama or
+            Qwen3 of the shape that GPT has; a checkpoint (ckpt.pt) of nanoGPT or of NVIDIA/ngpt, nGPT or GPT; a state
+            dict of PyPI's nGPT-pytorch.
         out: the run folder to make; must not exist.
         num_heads: of a checkpoint that does not say.
         context: of a checkpoint that does not say.
         tokenizer: what made the tokens, as `DataConfig.tokenizer`; the source's own if not given.
-        options: NAME=VALUE, what a model of nGPT-pytorch was built with; see `nsphere.ngpt_pytorch`.
+        options: NAME=VALUE, what a model was built with and its file does not say: of nGPT-pytorch see
+            `nsphere.ngpt_pytorch`; of nanoGPT gelu=tanh, where its MLP approximates GELU as OpenAI's does.
 
     Raises:
         ValueError: something is there already, the source says otherwise, or it can't be read as any of these, with
@@ -76,7 +78,7 @@ def import_model(
     else:
         found = _from_checkpoint(source, num_heads, context, options)
     if options and not found.options_apply:
-        raise ValueError(f"--option is for models of nGPT-pytorch, which {source} is not; leave it out")
+        raise ValueError(f"--option is for models of nGPT-pytorch and nanoGPT, which {source} is not; leave it out")
     for name, given in (("num_heads", num_heads), ("context", context)):
         if given is not None and given != (known := getattr(found.model.config, name)):
             raise ValueError(f"--{name.replace('_', '-')} is {given}, and {source} says {known}; leave it out")
@@ -151,8 +153,8 @@ def _from_folder(folder: Path) -> Imported:
     kind = content.get("model_type") if isinstance(content, dict) else None
     if isinstance(content, dict) and "architecture" in content:
         raise ValueError(f"{folder} is a run folder of nsphere already; use it as it is")
-    if kind not in ("ngpt", "llama", "qwen3"):
-        raise ValueError(f"{folder} holds a model of type {kind!r}; ngpt, llama and qwen3 can be imported")
+    if kind not in ("ngpt", "gpt2", "llama", "qwen3"):
+        raise ValueError(f"{folder} holds a model of type {kind!r}; ngpt, gpt2, llama and qwen3 can be imported")
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -261,10 +263,7 @@ def _from_checkpoint(path: Path, num_heads: int | None, context: int | None, opt
         _load(model, ours, path)
         return Imported(model, _record(model), 0, None, options_apply=True)
     if "transformer.wpe.weight" in names:
-        raise ValueError(
-            f"{path} is of nanoGPT, whose learned positions, LayerNorms and GELU nsphere's GPT (rotary, RMSNorm, "
-            "SwiGLU) does not have; train a gpt arm instead"
-        )
+        return _from_nanogpt(path, content, state, said, num_heads, options)
     is_gpt = "rmsnorm_f.weight" in names
     if "transformer.wte.weight" not in names or not (is_gpt or "sz" in names):
         raise ValueError(
@@ -294,3 +293,25 @@ def _from_checkpoint(path: Path, num_heads: int | None, context: int | None, opt
     )
     _load(model, ours, path)
     return Imported(model, _record(model), int(content.get("iter_num", 0)), None)
+
+
+def _from_nanogpt(
+    path: Path,
+    content: dict[str, Any],
+    state: dict[str, Tensor],
+    said: dict[str, Any],
+    num_heads: int | None,
+    options: tuple[str, ...],
+) -> Imported:
+    known = {"gelu=exact": "exact", "gelu=tanh": "tanh"}
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"nanoGPT has no option {unknown[0]!r} that matters here; known: {', '.join(known)}")
+    if (num_heads := said.get("n_head", num_heads)) is None:
+        raise ValueError(f"{path} does not say its number of heads; give --num-heads")
+    ours = from_nanogpt_state_dict(state)
+    config = config_of(ours, num_heads, gelu=known[options[-1]] if options else "exact")
+    if (context := said.get("block_size", config.context)) != config.context:
+        raise ValueError(f"{path} says a context of {context} and holds {config.context} positions; it is not whole")
+    model = make_model(config)
+    _load(model, ours, path)
+    return Imported(model, _record(model), int(content.get("iter_num", 0)), None, options_apply=True)

@@ -4,9 +4,9 @@ Shapes: B batch, T tokens, S cached and new, H query heads, K key and value head
 """
 
 import math
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +44,8 @@ class DecoderConfig:
     """Hidden width of the MLP; 4 d_model if not given."""
     rope_base: float = 10000.0
     """Base of the rotary embedding's wavelengths."""
-    convention: Literal["paper", "nvidia"] = "paper"
-    """nvidia: the details of the authors' code, for weights trained there; see nsphere.ngpt_nvidia."""
+    convention: str = "paper"
+    """Whose details; each architecture says which it knows."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "d_model", "num_layers", "num_heads"):
@@ -62,7 +62,9 @@ class DecoderConfig:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.d_mlp is None:
             object.__setattr__(self, "d_mlp", 4 * self.d_model)
-        if self.head_dim < 2 or self.head_dim % 2:
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {self.head_dim}")
+        if self.has_rope and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; the rotary embedding turns pairs, choose an even one")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -72,13 +74,19 @@ class DecoderConfig:
         if self.d_mlp < 1:
             raise ValueError(f"d_mlp must be at least 1, got {self.d_mlp}")
         check_positive(self, "rope_base")
-        if self.convention not in ("paper", "nvidia"):
-            raise ValueError(f"convention is {self.convention!r}; choose paper or nvidia")
+        known = typing.get_args(typing.get_type_hints(type(self))["convention"])
+        if known and self.convention not in known:
+            raise ValueError(f"convention is {self.convention!r}; choose {' or '.join(known)}")
         if self.convention == "nvidia" and self.num_kv_heads != self.num_heads:
             raise ValueError(
                 "convention nvidia is the authors' code, which has as many key/value heads as query heads; got "
                 f"num_kv_heads {self.num_kv_heads}; leave it at its default"
             )
+
+    @property
+    def has_rope(self) -> bool:
+        """Whether q and k are rotated; else positions are learned and added to the embedding."""
+        return self.convention != "nanogpt"
 
 
 def check_positive(config: object, *names: str) -> None:
@@ -109,18 +117,20 @@ class Attention(nn.Module):
         self.qk_norm, self.head_dim = qk_norm, head_dim
         self.register_buffer("max_logits", None, persistent=False)  # fp32 [H] where QKClip asks for it
 
-    def qkv(self, x: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, rope: RopeTables | None) -> tuple[Tensor, Tensor, Tensor]:
         """The q [B, T, H, D], k and v [B, T, K, D] that attention sees."""
         q, k, v = (W(x).unflatten(-1, (-1, self.head_dim)) for W in (self.W_q, self.W_k, self.W_v))
         q, k = self.qk_norm(q, k, rope=rope)
         return q, k, v
 
-    def forward(self, x: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: Slots | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: RopeTables | None, mask: Tensor | None = None, cache: Slots | None = None
+    ) -> Tensor:
         """X [B, T, d] → [B, T, d].
 
         Args:
             x: the block's input.
-            rope: tables of the T positions.
+            rope: tables of the T positions; None where q and k are not rotated.
             mask: bool [B or 1, 1, T, S], true where q may see k; None is the causal mask of T = S.
             cache: keys and values of earlier tokens; what is new is appended.
         """
@@ -161,7 +171,7 @@ class Decoder(nn.Module):
 
     Args:
         config: the shape.
-        embed: maps tokens [B, T] to [B, T, d].
+        embed: maps tokens [B, T] to [B, T, d]; its `weight` is [V, d].
         blocks: each maps (h [B, T, d], rope, mask, cache) to [B, T, d].
         final_norm: maps [B, T, d] to [B, T, d].
     """
@@ -170,6 +180,8 @@ class Decoder(nn.Module):
     """That of the configs that this class is the model of."""
     rope_cos: Tensor
     rope_sin: Tensor
+    max_length: int | None = None
+    """The longest sequence that it has positions for; None: any, as a rotation has no end."""
     unit_keys = False
     """Whether the keys that attention sees are unit vectors, which a cache in eight bits makes use of."""
     vocab_shard: VocabShard | None = None
@@ -182,9 +194,10 @@ class Decoder(nn.Module):
         self.config = config
         self.embed, self.blocks, self.final_norm = embed, nn.ModuleList(blocks), final_norm
         # constants of the shape, not state: made again from the config, never saved
-        cos, sin = self.make_rope_tables(config.context)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        if config.has_rope:
+            cos, sin = self.make_rope_tables(config.context)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
 
     def check_convention(self, config: DecoderConfig) -> None:
         """Raise ValueError for a config of which this class is not the model."""
@@ -194,20 +207,29 @@ class Decoder(nn.Module):
                 f"{config.convention!r}; build it with nsphere.make_model(config)"
             )
 
-    def rope_spec(self) -> RopeSpec:
-        """How q and k are rotated."""
-        return RopeSpec(dim=self.config.head_dim, base=self.config.rope_base)
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.embed.weight.device  # type: ignore[return-value]
+
+    def rope_spec(self) -> RopeSpec | None:
+        """How q and k are rotated, if they are."""
+        config = self.config
+        return RopeSpec(dim=config.head_dim, base=config.rope_base) if config.has_rope else None
 
     def make_rope_tables(self, num_positions: int) -> RopeTables:
         """The tables of positions 0 … num_positions − 1, each [num_positions, D/2] in fp32."""
-        return self.rope_spec().tables(num_positions)
+        spec = self.rope_spec()
+        assert spec is not None
+        return spec.tables(num_positions)
 
     def reset_parameters(self) -> None:
         """Parameters and tables as in a fresh model: what one built on the meta device needs after `to_empty`."""
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
-        self._set_rope_tables(self.config.context)
+        if self.config.has_rope:
+            self._set_rope_tables(self.config.context)
 
     def _set_rope_tables(self, num_positions: int) -> None:
         device = self.rope_cos.device
@@ -220,10 +242,26 @@ class Decoder(nn.Module):
         """[V, d]: logits = h · output_weightᵀ, scales folded in."""
         raise NotImplementedError
 
-    def _rope(self, start: int, end: int) -> RopeTables:
+    def check_length(self, num_tokens: int) -> None:
+        """Raise ValueError for sequences longer than the model has positions for."""
+        if self.max_length is not None and num_tokens > self.max_length:
+            raise ValueError(
+                f"the model learned {self.max_length} positions and has none for sequences of {num_tokens} tokens; "
+                f"give at most {self.max_length}"
+            )
+
+    def place(self, tokens: Tensor, positions: Tensor | None, end: int) -> tuple[Tensor, RopeTables | None]:
+        """What enters the first block: the embedded tokens [B, T, d], and the rotary tables of their positions.
+
+        Args:
+            tokens: int64 [B, T].
+            positions: int64 [B, T]; None: 0 … T − 1.
+            end: above every position.
+        """
         if end > self.rope_cos.shape[0]:  # longer than the training context: extrapolation, or generation
             self._set_rope_tables(end)
-        return self.rope_cos[start:end], self.rope_sin[start:end]
+        at = slice(end) if positions is None else positions
+        return self.embed(tokens), (self.rope_cos[at], self.rope_sin[at])
 
     def hidden(
         self,
@@ -233,7 +271,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
     ) -> Tensor:
         """Tokens [B, T] → what the last block returns [B, T, d], before `final_norm`; see `forward`."""
-        num_tokens = tokens.shape[1]
+        num_tokens = end = tokens.shape[1]
         mask = None
         if positions is not None and cache is None:
             raise ValueError("positions are those of a cache; without one they follow from document_ids")
@@ -252,12 +290,8 @@ class Decoder(nn.Module):
                 positions = torch.arange(start, cache.end, device=tokens.device).expand(tokens.shape)
             if num_tokens < cache.end:  # else the row begins here, and the mask is the causal one
                 mask = cache.mask(positions)
-            self._rope(0, cache.end)  # makes tables longer than the context where they are needed
-        if positions is None:
-            rope = self._rope(0, num_tokens)
-        else:
-            rope = self.rope_cos[positions], self.rope_sin[positions]
-        h = self.embed(tokens)
+            end = cache.end
+        h, rope = self.place(tokens, positions, end)
         for i, block in enumerate(self.blocks):
             h = block(h, rope, mask, None if cache is None else cache.layer(i, positions))  # type: ignore[arg-type]
         return h
@@ -311,6 +345,7 @@ class Decoder(nn.Module):
         self, batch_size: int, max_tokens: int, dtype: CacheDtype = torch.float32, *, grow: bool = False
     ) -> KVCache:
         """An empty cache for generation; see KVCache."""
+        self.check_length(max_tokens)
         config = self.config
         return KVCache(
             len(self.blocks),
@@ -319,7 +354,7 @@ class Decoder(nn.Module):
             config.num_kv_heads,
             config.head_dim,
             dtype,
-            self.rope_cos.device,
+            self.device,
             unit_keys=self.unit_keys,
             grow=grow,
         )

@@ -8,6 +8,7 @@ range back: s_qk for attention, s_u and s_v for the MLP, s_z for the logits.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -27,6 +28,8 @@ class NGPTConfig(DecoderConfig):
     leaves the forward pass unchanged. `vector` learns a number per dimension, `scalar` one, `fixed` none.
     """
 
+    convention: Literal["paper", "nvidia"] = "paper"
+    """nvidia: the details of the authors' code, for weights trained there; see nsphere.ngpt_nvidia."""
     eigen_lr: ScaleKind = "vector"
     """α of attention and MLP, the eigen learning rates."""
     eigen_lr_init: float = 0.05
@@ -125,7 +128,9 @@ class NGPTBlock(nn.Module):
         self.mlp = SwiGLU(inward(d_mlp, s_uv()), inward(d_mlp, s_uv(), math.sqrt(d)), outward(d_mlp))
         self.eigen_lr_attn, self.eigen_lr_mlp = eigen_lr(), eigen_lr()
 
-    def forward(self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: Slots | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, rope: RopeTables | None, mask: Tensor | None = None, cache: Slots | None = None
+    ) -> Tensor:
         h = normalized_update(h, self.attn(h, rope, mask, cache), self.eigen_lr_attn().abs())
         return normalized_update(h, self.mlp(h), self.eigen_lr_mlp().abs())
 

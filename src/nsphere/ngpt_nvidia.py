@@ -69,7 +69,9 @@ class NvidiaBlock(NGPTBlock):
         super().__init__(config, qk_norm)
         self.mlp.W_u.gain = math.sqrt(config.d_model)  # type: ignore[assignment]
 
-    def forward(self, h: Tensor, rope: RopeTables, mask: Tensor | None = None, cache: Slots | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, rope: RopeTables | None, mask: Tensor | None = None, cache: Slots | None = None
+    ) -> Tensor:
         dtype = h.dtype
         h = normalized_update(unit(h), self.attn(h, rope, mask, cache), self.eigen_lr_attn().abs()).to(dtype)
         return normalized_update(unit(h), self.mlp(h), self.eigen_lr_mlp().abs()).to(dtype)
@@ -148,11 +150,6 @@ def from_reference_state_dict(reference: dict[str, Tensor]) -> dict[str, Tensor]
                 "rotary positions); give the state dict of such a one"
             )
     return ours
-
-
-def make_gpt(config: GPTConfig) -> GPT:
-    """The model of a config, in the convention it names."""
-    return NvidiaGPT(config) if config.convention == "nvidia" else GPT(config)
 
 
 def make_ngpt(config: NGPTConfig) -> NGPT:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from nsphere.gpt import GPTConfig
+from nsphere.gpt import GPT, GPTConfig
 from nsphere.layers import Decoder
+from nsphere.nanogpt import NanoGPT
 from nsphere.ngpt import NGPTConfig
-from nsphere.ngpt_nvidia import make_gpt, make_ngpt
+from nsphere.ngpt_nvidia import NvidiaGPT, make_ngpt
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,14 @@ PRESETS = {
     "0.5b": Preset(1024, 24, 16, 4096, 32000, "the paper's 0.5B: 468,491,520 parameters as nGPT", 100_000, 256, 4, 256),
     "1b": Preset(1280, 36, 20, 4096, 32000, "the paper's 1B: 1,026,177,280 parameters as nGPT", 100_000, 256, 2, 256),
 }
+
+_GPTS = {model.convention: model for model in (GPT, NvidiaGPT, NanoGPT)}
+
+
+def make_gpt(config: GPTConfig) -> GPT:
+    """The GPT of a config, in the convention it names."""
+    return _GPTS[config.convention](config)
+
 
 ARCHITECTURES: dict[str, tuple[type, Any]] = {"gpt": (GPTConfig, make_gpt), "ngpt": (NGPTConfig, make_ngpt)}
 

@@ -159,6 +159,7 @@ def test_layouts_that_do_not_fit_are_refused(two: dict[str, Any]) -> None:
     assert refused["own_full"].startswith("OwnNorm over all heads is no built-in norm")
     assert refused["own_per_head"].startswith("OwnPerHead.weight of shape [4, 8] may differ from head to head")
     assert refused["qk_clip"].startswith("qk_clip is not made for tensor parallelism, here tp 2")
+    assert refused["nanogpt"].startswith("tensor parallelism is not made for learned positions and biases")
     assert refused["size"].startswith("dp_replicate 1 x dp_shard 1 x tp 3 is 3 ranks and torchrun started 2 ranks")
 
 

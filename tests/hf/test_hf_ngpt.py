@@ -128,8 +128,8 @@ def test_models_of_others():
     ):
         with pytest.raises(ValueError, match=message):
             hf.from_hf(transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, intermediate_size=24, **change)))
-    with pytest.raises(ValueError, match="GPT2LMHeadModel is no model that nsphere has"):
-        hf.from_hf(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)))
+    with pytest.raises(ValueError, match="GPT2Model is no model that nsphere has"):
+        hf.from_hf(transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)))
 
 
 @torch.no_grad()

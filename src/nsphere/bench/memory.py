@@ -38,8 +38,8 @@ def kept_by_a_block(trainer: Trainer) -> dict[str, int]:
 
     tokens = trainer.batches(0).to(trainer.device)[0]
     with trainer.autocast():
-        h = model.embed(tokens).detach().requires_grad_()
-        rope = model.rope_cos[: tokens.shape[1]], model.rope_sin[: tokens.shape[1]]
+        h, rope = model.place(tokens, None, tokens.shape[1])
+        h = h.detach().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             model.blocks[0](h, rope, None, None)
     sums: dict[str, int] = {}

@@ -6,12 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from nsphere.gpt import GPTConfig
+from nsphere.hf.gpt2 import from_gpt2, gpt2_config, gpt2_state_dict
 from nsphere.hf.modeling_ngpt import NGPTConfig as HFConfig
 from nsphere.hf.modeling_ngpt import NGPTForCausalLM
 from nsphere.layers import Decoder, DecoderConfig
+from nsphere.nanogpt import NanoGPT
 from nsphere.ngpt import NGPT, NGPTConfig
 from nsphere.norms import RMSNorm
 from nsphere.ops.normalized_update import unit
@@ -89,11 +99,13 @@ def _tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 def hf_config(config: DecoderConfig) -> Any:
-    """The transformers config of a model's config: NGPTConfig, or for GPT LlamaConfig or Qwen3Config.
+    """The transformers config of a model's config: NGPTConfig, or for GPT LlamaConfig, Qwen3Config or GPT2Config.
 
     Raises:
-        ValueError: a GPT with a QK-norm, or a rotary embedding, that no transformers class of this shape has.
+        ValueError: a GPT with a QK-norm, heads, or a rotary embedding, that no transformers class of this shape has.
     """
+    if isinstance(config, GPTConfig) and config.convention == "nanogpt":
+        return gpt2_config(config)
     fields = {theirs: getattr(config, ours) for ours, theirs in _SHAPE.items()}
     if isinstance(config, NGPTConfig):
         own = {name: getattr(config, name) for name in _NGPT_ONLY}
@@ -133,20 +145,29 @@ def hf_config(config: DecoderConfig) -> Any:
     )
 
 
-_CLASSES = {HFConfig: NGPTForCausalLM, LlamaConfig: LlamaForCausalLM, Qwen3Config: Qwen3ForCausalLM}
+_CLASSES = {
+    HFConfig: NGPTForCausalLM,
+    LlamaConfig: LlamaForCausalLM,
+    Qwen3Config: Qwen3ForCausalLM,
+    GPT2Config: GPT2LMHeadModel,
+}
 
 
 @torch.no_grad()
 def to_hf(model: Decoder) -> PreTrainedModel:
     """A transformers model with a copy of this model's parameters, and the same function up to rounding.
 
-    nGPT becomes `NGPTForCausalLM`, GPT a `LlamaForCausalLM`, GPT with RMS QK-norm a `Qwen3ForCausalLM`.
+    nGPT becomes `NGPTForCausalLM`, GPT a `LlamaForCausalLM`, GPT with RMS QK-norm a `Qwen3ForCausalLM`, GPT of
+    convention nanogpt a `GPT2LMHeadModel`, which has biases in any case: zeros, where it has none.
 
     Raises:
         ValueError: see `hf_config`.
     """
     config = hf_config(model.config)
     theirs: PreTrainedModel = _CLASSES[type(config)](config).to(next(model.parameters()).dtype)
+    if isinstance(model, NanoGPT):
+        theirs.load_state_dict(gpt2_state_dict(model))
+        return theirs.eval()
     is_ngpt = isinstance(model, NGPT)
     state = {_theirs(name, is_ngpt): tensor.clone() for name, tensor in _tensors(model)}
     if config.tie_word_embeddings:
@@ -159,16 +180,18 @@ def to_hf(model: Decoder) -> PreTrainedModel:
 def from_hf(model: PreTrainedModel) -> Decoder:
     """The reverse of `to_hf`: this library's model with a copy of the parameters, bit for bit.
 
-    Also of a Llama or Qwen3 from elsewhere, if it is of the shape that GPT has.
+    Also of a GPT-2, Llama or Qwen3 from elsewhere, if it is of a shape that GPT has.
 
     Raises:
         ValueError: another class, or a shape that GPT does not have, with what stands against it.
     """
     theirs: Any = model.config
+    if isinstance(model, GPT2LMHeadModel):
+        return from_gpt2(model)
     if type(model).__name__ not in ("NGPTForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"):
         raise ValueError(
-            f"{type(model).__name__} is no model that nsphere has; it reads NGPTForCausalLM, LlamaForCausalLM and "
-            "Qwen3ForCausalLM"
+            f"{type(model).__name__} is no model that nsphere has; it reads NGPTForCausalLM, GPT2LMHeadModel, "
+            "LlamaForCausalLM and Qwen3ForCausalLM"
         )
     fields = {ours: getattr(theirs, name) for ours, name in _SHAPE.items()}
     # shipped with an export and loaded with trust_remote_code, the class is another one of the same name

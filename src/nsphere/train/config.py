@@ -288,7 +288,8 @@ def read_config(run: Path) -> dict[str, Any]:
     )
     try:
         if sound:
-            make_config(content["architecture"], **content["model"])
+            # with what an older version did not write yet
+            content["model"] = dataclasses.asdict(make_config(content["architecture"], **content["model"]))
             DataConfig(**content["data"])
     except TypeError:
         sound = False

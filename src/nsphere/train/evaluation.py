@@ -26,10 +26,11 @@ class ContextLoss:
     """None where the data does not say how many bytes a token stands for."""
 
 
-def usual_contexts(context: int, num_tokens: int) -> list[int]:
-    """A quarter, a half, once, twice and four times the trained context, as far as the data has a window of it."""
+def usual_contexts(model: Decoder, num_tokens: int) -> list[int]:
+    """A quarter, a half, once, twice and four times the trained context, as far as data and model have such windows."""
+    context, longest = model.config.context, model.max_length or num_tokens
     asked = [context // 4, context // 2, context, 2 * context, 4 * context]
-    return sorted({c for c in asked if 1 <= c < num_tokens})
+    return sorted({c for c in asked if 1 <= c < num_tokens and c <= longest})
 
 
 @torch.no_grad()
@@ -56,12 +57,14 @@ def loss_by_context(
         bytes_per_token: of the split, for bits per byte.
 
     Raises:
-        ValueError: no length, or one that is below 1 or that the split has no window of.
+        ValueError: no length, or one that is below 1, that the split has no window of, or that the model has no
+            positions for.
     """
     if not contexts:
         raise ValueError("there is no context length to evaluate at; give at least one")
     for context in contexts:
         split.num_windows(context)
+        model.check_length(context)
     found = []
     for context in contexts:
         batches = val_batches(
@@ -72,7 +75,7 @@ def loss_by_context(
         )
         total, count = 0.0, 0
         for batch in batches:
-            inputs, targets, document_ids = batch.to(model.rope_cos.device)
+            inputs, targets, document_ids = batch.to(model.device)
             total += model.loss(inputs, targets, document_ids).item() * targets.numel()
             count += targets.numel()
         loss = total / count

@@ -21,7 +21,7 @@ from nsphere.presets import make_model
 from nsphere.train.model_state import canonical_name
 
 _WITH_MATRIX = (nn.Linear, Embedding, SphereLinear, SphereEmbedding)
-"""Modules whose weight is left out at first. All else is small, and made as it is."""
+"""Modules whose matrices are left out at first. All else is small, and made as it is."""
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def matrices_left_out() -> Iterator[list[Tensor]]:
     made: list[Tensor] = []
 
     def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and isinstance(module, _WITH_MATRIX):
+        if parameter is not None and parameter.dim() > 1 and isinstance(module, _WITH_MATRIX):
             parameter = nn.Parameter(parameter.to("meta"))
             made.append(parameter)
         register(module, name, parameter)

@@ -50,11 +50,13 @@ def peak_flops(device: torch.device, in_bf16: bool) -> float | None:
 def flops_per_token(model: Decoder) -> int:
     """Additions and multiplications of forward and backward pass: 6 N + 12 L H D T (PaLM, appendix B).
 
-    N leaves out the token embedding, which is looked up, unless it is the output head too. The attention matrix is
-    counted whole, as is usual, although half of it is masked; what activation checkpointing repeats is not counted.
+    N leaves out the embeddings, which are looked up, unless that of tokens is the output head too. The attention matrix
+    is counted whole, as is usual, although half of it is masked; what activation checkpointing repeats is not counted.
     """
     config = model.config
-    looked_up = 0 if getattr(config, "tied", False) else config.vocab_size * config.d_model
+    looked_up = sum(p.numel() for p in model.embed.parameters())
+    if getattr(config, "tied", False):
+        looked_up -= config.vocab_size * config.d_model
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * config.context
     return 6 * (model.num_parameters() - looked_up) + attention
 

@@ -51,6 +51,11 @@ def check_layout(model: DecoderConfig, world: World, recipe: TrainConfig, micro_
         )
     if recipe.qk_clip is not None:
         raise ValueError(f"qk_clip is not made for tensor parallelism, here tp {tp}; take tp 1, or leave it out")
+    if not model.has_rope:
+        raise ValueError(
+            f"tensor parallelism is not made for learned positions and biases (convention nanogpt), here tp {tp}; take "
+            "tp 1, dp_shard splits such a model"
+        )
     check_heads(model.num_heads, model.num_kv_heads, tp)
     for name in ("d_mlp", "vocab_size", "context"):
         if getattr(model, name) % tp:

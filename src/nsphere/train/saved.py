@@ -33,7 +33,7 @@ class SavedRun:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that the run was trained in."""
-        return torch.autocast(self.model.rope_cos.device.type, torch.bfloat16, enabled=self.is_bf16)
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.is_bf16)
 
     def folded(self) -> Decoder:
         """The model made ready for inference, to be run under `autocast()`; see `nsphere.fold`."""
