@@ -55,6 +55,8 @@ class Args:
     """What to measure; the first two are what the others are divided by."""
     dtype: DtypeName = "auto"
     """As in training: products in bfloat16 (autocast) or float32; auto is bfloat16 where the hardware has it."""
+    batch_size: int | None = None
+    """Sequences of a step; the size's if not given."""
     json: Path | None = None
     """Where to write the numbers."""
 
@@ -131,8 +133,11 @@ def main(args: Args) -> None:
     """Measure, print, write."""
     results, rows = {}, []
     for size in args.sizes:
+        shape = SIZES[size]
+        if args.batch_size is not None:
+            shape = Size(dataclasses.replace(shape.config, batch_size=args.batch_size), shape.vocab_size)
         for mode in args.modes:
-            found = results[f"{size} {mode}"] = measure(SIZES[size], mode, args.rounds, args.arms, args.dtype)
+            found = results[f"{size} {mode}"] = measure(shape, mode, args.rounds, args.arms, args.dtype)
             for arm, r in found.items():
                 memory = "–" if r["peak_memory_bytes"] is None else f"{r['peak_memory_bytes'] / 2**20:,.0f}"
                 rows.append(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from nsphere.train.tensor_files import local
+from nsphere.collectives import local
 
 
 class Mismatch(NamedTuple):

@@ -20,18 +20,13 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
+from nsphere.collectives import local
 from nsphere.train.ranks import Ranks
 
 
 class Unreadable(ValueError):
     """A file that is not what `write` makes."""
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
