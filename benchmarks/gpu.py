@@ -81,7 +81,7 @@ STAGES = (
     Stage(
         "decode",
         "nsphere.bench.decode",
-        {"size": "0.5b-1k", "bf16": True},
+        {"size": "0.5b-1k", "dtype": "bfloat16"},
         {"size": "tiny", "prompt_tokens": 4, "new_tokens": 2, "rounds": 1},
     ),
     Stage("qk", "qk", {"device": "cuda", "rounds": 15}, {"rounds": 1}),

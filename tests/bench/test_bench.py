@@ -22,7 +22,8 @@ def _tiny(monkeypatch):
 
 def test_step(tmp_path, capsys):
     path = tmp_path / "step.json"
-    assert main(["bench", "step", "--sizes", "demo", "--modes", "eager", "--rounds", "2", "--json", str(path)]) == 0
+    flags = ["--sizes", "demo", "--modes", "eager", "--rounds", "2", "--dtype", "bfloat16"]
+    assert main(["bench", "step", *flags, "--json", str(path)]) == 0
     record = json.loads(path.read_text())
     assert {"cpu", "torch", "git_commit", "num_threads", "date"} <= set(record)
     found = record["results"]["demo eager"]
@@ -30,7 +31,9 @@ def test_step(tmp_path, capsys):
     assert found["gpt"]["over_gpt"] == [1, 1, 1]
     for arm in found.values():
         assert sum(arm["ms"][part][1] for part in step.PARTS) == pytest.approx(arm["ms"]["total"][1], rel=0.5)
-    assert "over gpt-qknorm" in capsys.readouterr().out
+    assert {arm["dtype"] for arm in found.values()} == {"bfloat16 autocast"}
+    printed = capsys.readouterr().out
+    assert "over gpt-qknorm" in printed and "bfloat16 autocast" in printed
 
 
 @pytest.mark.parametrize(
@@ -46,8 +49,12 @@ def test_step(tmp_path, capsys):
 )
 def test_the_others(flags, keys, tmp_path):
     path = tmp_path / "out.json"
+    with_products = flags[0] != "optimizer"
+    flags = [*flags, *(["--dtype", "float32"] if with_products else [])]
     assert main(["bench", *flags, "--json", str(path)]) == 0
-    assert keys <= set(json.loads(path.read_text())["results"])
+    results = json.loads(path.read_text())["results"]
+    assert keys <= set(results)
+    assert all(results[key]["dtype"] == "float32" for key in keys if with_products)
 
 
 @needs_compiler
@@ -68,14 +75,40 @@ def test_ops(tmp_path, capsys):
 def test_peers_that_are_not_installed_are_said_to_be(tmp_path, capsys, monkeypatch):
     from nsphere.bench import peers
 
-    def absent(*_):
+    def absent(*_, **__):
         raise ImportError("no module of that name")
 
-    monkeypatch.setattr(peers, "PEERS", {"some-peer": absent})
-    trainers = make_trainers(TINY, ("ngpt",), compiled=False)
+    def broken(*_, **__):
+        raise RuntimeError("does not run")
+
+    monkeypatch.setattr(peers, "ngpt_pytorch", absent)
+    monkeypatch.setattr(peers, "olmo_core", broken)
+    trainers = make_trainers(TINY, ("ngpt",), compiled=False, dtype="float32")
     monkeypatch.setattr(peers, "make_trainers", lambda *_: trainers)
-    assert main(["bench", "peers", "--rounds", "1", "--json", str(tmp_path / "p.json")]) == 0
-    assert "some-peer, eager: not installed (no module of that name); pip install some-peer" in capsys.readouterr().out
+    path = tmp_path / "p.json"
+    assert main(["bench", "peers", "--rounds", "1", "--dtype", "float32", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "(fp32): not installed (no module of that name); pip install nGPT-pytorch" in printed
+    assert "ai2-olmo-core, eager (all in fp32): RuntimeError: does not run" in printed
+    results = json.loads(path.read_text())["results"]
+    assert results["dtype"] == "float32" and len(results["left_out"]) == 5
+    assert results[peers.PRODUCTS]["over_products"] == [1, 1, 1] and results["nsphere"]["nsphere_is_faster_by"][1] == 1
+
+
+def test_the_products_of_a_step_are_those_that_the_model_makes():
+    """Counted where torch makes them: a step's products, attention's apart, and what stands for them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from nsphere.bench import peers
+
+    trainer = make_trainers(TINY, ("ngpt",), compiled=False, dtype="float32")["ngpt"]
+    counted = []
+    for run in (trainer.step, peers.products(Size(trainer.config, TINY.vocab_size), "cpu", torch.float32)):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        by_op = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+        counted.append(by_op["aten.mm"])
+    assert counted[0] == counted[1]
 
 
 def test_bad_input_is_one_line_and_2(capsys):
@@ -91,19 +124,19 @@ def test_bad_input_is_one_line_and_2(capsys):
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, of which errors would be made inside it
-def test_a_compiled_block_of_ngpt_keeps_what_gpts_does_and_learns_what_the_eager_one_does(monkeypatch):
-    """The sum of what is kept; and the losses of a run are those of the run that is not compiled, within rounding."""
-    arms = ("gpt", "ngpt")
+@pytest.mark.parametrize("dtype, rounding", [("bfloat16", 2e-3), ("float32", 2e-5)])
+def test_a_compiled_block_of_ngpt_keeps_no_more_than_gpts_and_learns_what_the_eager_one_does(dtype, rounding):
+    """The sum of what is kept; and the losses of 50 steps are those of the eager run, within rounding."""
     torch._dynamo.reset()
-    compiled = make_trainers(TINY, arms, compiled=True)
+    compiled = make_trainers(TINY, ("gpt", "ngpt"), compiled=True, dtype=dtype)
     kept = {arm: sum(memory.kept_by_a_block(trainer).values()) for arm, trainer in compiled.items()}
     num_tokens, d, num_heads = 2 * 32, 32, 2
-    # h in bf16 instead of fp32 makes up for the outputs of both sub-blocks; what is left is norms: two numbers more
-    # for a token, and one for each head of its q and its k
-    assert kept["ngpt"] <= kept["gpt"] + 4 * num_tokens * (2 + 2 * num_heads)
+    # nGPT's two numbers more for a token, and one for each head of its q and its k, are made up for in bf16, where
+    # GPT's h is kept in fp32; in fp32 the folded W_u and W_ν come to it, which in bf16 GPT has as casts
+    roots, folded = 4 * num_tokens * (2 + 2 * num_heads), 2 * 4 * 4 * d * d
+    assert kept["ngpt"] <= kept["gpt"] + (roots + folded if dtype == "float32" else 0)
     assert kept["ngpt"] >= 20 * num_tokens * d  # it has been counted at all
-    eager = make_trainers(TINY, ("ngpt",), compiled=False)["ngpt"]
+    eager = make_trainers(TINY, ("ngpt",), compiled=False, dtype=dtype)["ngpt"]
     for _ in range(50):
-        ours, theirs = compiled["ngpt"].step().loss, eager.step().loss
-        assert ours == pytest.approx(theirs, rel=2e-3)
+        assert compiled["ngpt"].step().loss == pytest.approx(eager.step().loss, rel=rounding)
     assert timed_step(compiled["ngpt"])["total"] > 0

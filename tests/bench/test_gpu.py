@@ -41,11 +41,40 @@ def test_a_process_that_fails_or_hangs_is_told(gpu, tmp_path):
     assert "began" in outcome.output
 
 
-def test_a_run_leaves_results_and_reasons(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--tiny", "--out", str(tmp_path)]
+NOTHING_BUT_TORCH_AND_NUMPY = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in "datasets matplotlib pytest rich safetensors tokenizers transformers tyro".split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """The variables of processes that find torch, numpy and little else, as on the machine of `make gpu`."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "sitecustomize.py").write_text(NOTHING_BUT_TORCH_AND_NUMPY)
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return {**variables, "PYTHONPATH": os.pathsep.join([str(tmp_path / "bare"), variables.get("PYTHONPATH", "")])}
+
+
+def test_every_stage_needs_torch_and_numpy_alone(gpu, bare):
+    modules = sorted({stage.module for stage in gpu.STAGES})
+    code = f"import sys; sys.path[:0] = [{str(BENCHMARKS)!r}]; import " + ", ".join(modules)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=bare, timeout=300)
+    assert run.returncode == 0, run.stderr
+    code = "import safetensors"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=bare, timeout=60).returncode == 1
+
+
+def test_a_run_leaves_results_and_reasons(tmp_path, bare):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--tiny", "--out", str(tmp_path)]
     run = subprocess.run(
-        [*command, "--only", "optimizer", "1k-triton"], capture_output=True, text=True, env=variables, timeout=500
+        [*command, "--only", "optimizer", "1k-triton"], capture_output=True, text=True, env=bare, timeout=500
     )
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads((tmp_path / "results.json").read_text())

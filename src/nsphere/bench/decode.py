@@ -1,6 +1,5 @@
 """What does generation cost: tokens a second while reading a prompt, milliseconds a token afterwards?"""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,9 @@ from nsphere.fold import fold
 from nsphere.generate import Sampling, generate
 from nsphere.layers import Decoder
 from nsphere.presets import make_model
-from nsphere.train.config import model_config, resolve
+from nsphere.train.config import DtypeName, TrainConfig, model_config, resolve
+from nsphere.train.machine import choose_device
+from nsphere.train.trainer import autocast, choose_dtype, dtype_name
 
 ARMS = ("gpt-qknorm", "ngpt")
 
@@ -32,15 +33,16 @@ class Args:
     """Runs of each that count."""
     eager: bool = False
     """Do not compile the steps."""
-    bf16: bool = False
-    """Under bf16 autocast; fp32 else."""
+    dtype: DtypeName = "auto"
+    """As in `nsphere bench step`."""
     json: Path | None = None
     """Where to write the numbers."""
 
 
 def main(args: Args) -> None:
     """Measure, print, write."""
-    size, device = SIZES[args.size], "cuda" if torch.cuda.is_available() else "cpu"
+    size, device = SIZES[args.size], choose_device("auto")
+    autocast_dtype = choose_dtype(TrainConfig(dtype=args.dtype), device)
     prompt = torch.randint(size.vocab_size, (args.prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
 
     def candidate(model: Decoder) -> Callable[[], dict[str, float]]:
@@ -52,8 +54,7 @@ def main(args: Args) -> None:
                 pass
 
         def run() -> dict[str, float]:
-            context = torch.autocast(device, dtype=torch.bfloat16) if args.bf16 else contextlib.nullcontext()
-            with context:
+            with autocast(device, autocast_dtype):
                 prefill = harness.milliseconds(read)()["ms"]
                 whole = harness.milliseconds(read_and_go_on)()["ms"]
             return {"prefill": prefill, "token": (whole - prefill) / args.new_tokens}
@@ -73,6 +74,7 @@ def main(args: Args) -> None:
         over = {key: harness.ratios(values[arm][key], values[ARMS[0]][key]) for key in ("prefill", "token")}
         rate = 1e3 * args.prompt_tokens / prefill[1]
         results[arm] = {
+            "dtype": dtype_name(autocast_dtype),
             "prefill_ms": prefill,
             "prefill_tokens_per_s": rate,
             "token_ms": token,
@@ -83,6 +85,6 @@ def main(args: Args) -> None:
             [arm, f"{rate:,.0f}", harness.spread(over["prefill"]), harness.spread(token), harness.spread(over["token"])]
         )
     header = ["arm", "prefill tokens/s", "time over gpt-qknorm", "ms a token", "over gpt-qknorm"]
-    harness.finish(
-        f"generation, {args.size}, {'eager' if args.eager else 'compiled'}", header, rows, results, args.json
-    )
+    how = "eager" if args.eager else "compiled"
+    title = f"generation, {args.size}, {how}, {dtype_name(autocast_dtype)}"
+    harness.finish(title, header, rows, results, args.json)

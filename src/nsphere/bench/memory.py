@@ -8,6 +8,7 @@ import torch
 
 from nsphere.bench import harness
 from nsphere.bench.step import ARMS, SIZES, SizeName, make_trainers
+from nsphere.train.config import DtypeName
 from nsphere.train.timing import peak_memory
 from nsphere.train.trainer import Trainer
 
@@ -20,6 +21,8 @@ class Args:
     """As in `nsphere bench step`."""
     eager: bool = False
     """Without the compiler."""
+    dtype: DtypeName = "auto"
+    """As in `nsphere bench step`."""
     json: Path | None = None
     """Where to write the numbers."""
 
@@ -50,23 +53,28 @@ def kept_by_a_block(trainer: Trainer) -> dict[str, int]:
 
 def main(args: Args) -> None:
     """Measure, print, write."""
-    trainers = make_trainers(SIZES[args.size], ARMS, not args.eager)
+    trainers = make_trainers(SIZES[args.size], ARMS, not args.eager, args.dtype)
     results: dict[str, dict[str, Any]] = {}
     for arm, trainer in trainers.items():
         for _ in range(2):
             trainer.step()
-        results[arm] = {"peak_memory_bytes": peak_memory(trainer), "kept_by_a_block": kept_by_a_block(trainer)}
+        results[arm] = {
+            "dtype": trainer.dtype_name,
+            "peak_memory_bytes": peak_memory(trainer),
+            "kept_by_a_block": kept_by_a_block(trainer),
+        }
     rows = []
     for arm, found in results.items():
         peak, base = found["peak_memory_bytes"], results[ARMS[0]]["peak_memory_bytes"]
         rows.append(
             [
                 arm,
+                found["dtype"],
                 "–" if peak is None else f"{peak / 2**20:,.0f}",
                 "–" if peak is None or base is None else f"{peak / base:.3f}",
                 f"{sum(found['kept_by_a_block'].values()) / 2**20:.1f}",
             ]
         )
     harness.finish(
-        f"memory, {args.size}", ["arm", "peak MiB", "over gpt", "a block keeps MiB"], rows, results, args.json
+        f"memory, {args.size}", ["arm", "dtype", "peak MiB", "over gpt", "a block keeps MiB"], rows, results, args.json
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nsphere.bench import harness
-from nsphere.train.config import RunOptions, TrainConfig, resolve
+from nsphere.train.config import DtypeName, RunOptions, TrainConfig, resolve
 from nsphere.train.data import Corpus, TokenSplit
 from nsphere.train.gradients import clip_grad_norm_
 from nsphere.train.metrics import flops_per_token, peak_flops
@@ -53,6 +53,10 @@ class Args:
     """How the models run."""
     arms: tuple[str, ...] = ARMS
     """What to measure; the first two are what the others are divided by."""
+    dtype: DtypeName = "auto"
+    """As in training: products in bfloat16 (autocast) or float32; auto is bfloat16 where the hardware has it."""
+    batch_size: int | None = None
+    """Sequences of a step; the size's if not given."""
     json: Path | None = None
     """Where to write the numbers."""
 
@@ -64,10 +68,10 @@ def random_corpus(vocab_size: int) -> Corpus:
     return Corpus(split, split, vocab_size, ByteTokenizer(), "", "random", None)
 
 
-def make_trainers(size: Size, arms: tuple[str, ...], compiled: bool) -> dict[str, Trainer]:
+def make_trainers(size: Size, arms: tuple[str, ...], compiled: bool, dtype: DtypeName = "auto") -> dict[str, Trainer]:
     """A trainer for each arm, on random tokens."""
     corpus, options = random_corpus(size.vocab_size), RunOptions(compile=compiled)
-    config = dataclasses.replace(size.config, steps=10_000, eval_sequences=8)
+    config = dataclasses.replace(size.config, steps=10_000, eval_sequences=8, dtype=dtype)
     return {arm: Trainer(arm, resolve(arm, config), options, corpus) for arm in arms}
 
 
@@ -103,16 +107,19 @@ def utilisation(trainer: Trainer, ms: float) -> float | None:
     return None if peak is None else flops_per_token(trainer.model) * trainer.tokens_per_step / (ms / 1e3) / peak
 
 
-def measure(size: Size, mode: str, rounds: int, arms: tuple[str, ...] = ARMS) -> dict[str, dict[str, Any]]:
+def measure(
+    size: Size, mode: str, rounds: int, arms: tuple[str, ...] = ARMS, dtype: DtypeName = "auto"
+) -> dict[str, dict[str, Any]]:
     """All arms at one size."""
     torch._dynamo.reset()
-    trainers = make_trainers(size, arms, mode == "compiled")
+    trainers = make_trainers(size, arms, mode == "compiled", dtype)
     for _ in range(2):
         for trainer in trainers.values():
             timed_step(trainer)
     values = harness.interleave({arm: lambda t=t: timed_step(t) for arm, t in trainers.items()}, rounds)  # type: ignore[misc]
     return {
         arm: {
+            "dtype": trainers[arm].dtype_name,
             "ms": {part: harness.quartiles(values[arm][part]) for part in (*PARTS, "total")},
             **{f"over_{base}": harness.ratios(values[arm]["total"], values[base]["total"]) for base in arms[:2]},
             "mfu": utilisation(trainers[arm], harness.quartiles(values[arm]["total"])[1]),
@@ -126,18 +133,23 @@ def main(args: Args) -> None:
     """Measure, print, write."""
     results, rows = {}, []
     for size in args.sizes:
+        shape = SIZES[size]
+        if args.batch_size is not None:
+            shape = Size(dataclasses.replace(shape.config, batch_size=args.batch_size), shape.vocab_size)
         for mode in args.modes:
-            found = results[f"{size} {mode}"] = measure(SIZES[size], mode, args.rounds, args.arms)
+            found = results[f"{size} {mode}"] = measure(shape, mode, args.rounds, args.arms, args.dtype)
             for arm, r in found.items():
                 memory = "–" if r["peak_memory_bytes"] is None else f"{r['peak_memory_bytes'] / 2**20:,.0f}"
                 rows.append(
                     [
                         f"{size} {mode} {arm}",
+                        r["dtype"],
                         *(f"{r['ms'][part][1]:.1f}" for part in (*PARTS, "total")),
                         *(harness.spread(r[f"over_{base}"], 3) for base in args.arms[:2]),
                         memory,
                         "–" if r["mfu"] is None else f"{r['mfu']:.1%}",
                     ]
                 )
-    header = ["size, mode, arm", *PARTS, "total ms", *(f"over {base}" for base in args.arms[:2]), "peak MiB", "MFU"]
+    over = [f"over {base}" for base in args.arms[:2]]
+    header = ["size, mode, arm", "dtype", *PARTS, "total ms", *over, "peak MiB", "MFU"]
     harness.finish("training step", header, rows, results, args.json)

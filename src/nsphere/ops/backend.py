@@ -34,15 +34,20 @@ _PREFERRED = {
 logger = logging.getLogger("nsphere")
 
 
-TRACES_BACKWARDS = torch.__version__ >= "2.13"
-"""Whether a backward of our own may be compiled: under torch 2.11 it gives gradients of zero; 2.12 was not tried."""
-
-
 class Ability(NamedTuple):
     """Whether something can be done here; the reason why not, or what makes it possible."""
 
     available: bool
     reason: str
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x.to(dtype), for what the forward of an autograd function returns.
+
+    Where there is nothing to convert, `to` gives the tensor back, which torch 2.11 then takes for two, in a compiled
+    graph: the gradient goes to the one that is not the output, and is lost (pytorch/pytorch#180642).
+    """
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def cpp_command() -> list[str]:

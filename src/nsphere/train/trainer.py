@@ -121,9 +121,7 @@ class Trainer:
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The context that forward passes run in."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+        return autocast(self.device, self.autocast_dtype)
 
     def lr(self) -> float:
         """The learning rate of the next step."""
@@ -210,7 +208,7 @@ class Trainer:
     @property
     def dtype_name(self) -> str:
         """What products are computed in."""
-        return "float32" if self.autocast_dtype is None else "bfloat16 autocast"
+        return dtype_name(self.autocast_dtype)
 
     @property
     def tokens_per_step(self) -> int:
@@ -260,6 +258,16 @@ def pin_dtype(config: TrainConfig, device: torch.device) -> TrainConfig:
 def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast, or None for plain float32."""
     return torch.bfloat16 if pin_dtype(config, device).dtype == "bfloat16" else None
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:
+    """The context in which products run in this dtype, as `choose_dtype` gave it."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """What products are computed in, in words."""
+    return "float32" if dtype is None else "bfloat16 autocast"
 
 
 @contextlib.contextmanager

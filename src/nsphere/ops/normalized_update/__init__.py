@@ -5,7 +5,6 @@ from torch import Tensor
 
 from nsphere.ops import backend as backends
 from nsphere.ops import sharded
-from nsphere.ops.backend import TRACES_BACKWARDS
 from nsphere.ops.normalized_update import lean, reference
 from nsphere.ops.normalized_update.reference import unit
 
@@ -52,7 +51,6 @@ def normalized_update(h: Tensor, o: Tensor, eigen_lr: Tensor, *, backend: str | 
             return triton.normalized_update(h, o, eigen_lr)
         backends.refuse_or_log(backend, "triton", f"normalized_update: {reason}")
     trained = torch.is_grad_enabled() and (h.requires_grad or o.requires_grad or eigen_lr.requires_grad)
-    traced = TRACES_BACKWARDS and torch.compiler.is_compiling()
-    if traced and trained and chosen == "compiled" and type(h) is type(o) is Tensor:
+    if torch.compiler.is_compiling() and trained and chosen == "compiled" and type(h) is type(o) is Tensor:
         return lean.normalized_update(h, o, eigen_lr)
     return reference.normalized_update(h, o, eigen_lr)

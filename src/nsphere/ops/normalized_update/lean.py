@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nsphere.ops.backend import cast
+
 
 def normalized_update(h: Tensor, o: Tensor, eigen_lr: Tensor) -> Tensor:
     """See `nsphere.ops.normalized_update`; first derivatives only."""
@@ -34,7 +36,7 @@ class _NormalizedUpdate(torch.autograd.Function):
         narrower = o.dtype if o.dtype.itemsize < h.dtype.itemsize else h.dtype
         ctx.h_dtype = h.dtype
         ctx.save_for_backward(h.to(narrower), o, o_inverse, y_inverse, eigen_lr)
-        return (y * y_inverse).to(h.dtype)
+        return cast(y * y_inverse, h.dtype)
 
     @staticmethod
     @once_differentiable
@@ -42,10 +44,11 @@ class _NormalizedUpdate(torch.autograd.Function):
         h, o, o_inverse, y_inverse, eigen_lr = ctx.saved_tensors
         wide = o_inverse.dtype
         h_wide, unit_o, g = h.to(wide), o.to(wide) * o_inverse, grad.to(wide)
-        towards = unit_o - h_wide
-        unit_y = (h_wide + eigen_lr * towards) * y_inverse
+        # the other way round than in the forward: of the same operations, in fp32, the compiler keeps the results
+        away = h_wide - unit_o
+        unit_y = (h_wide - eigen_lr * away) * y_inverse
         y_grad = (g - unit_y * (unit_y * g).sum(-1, keepdim=True)) * y_inverse
         step_grad = eigen_lr * y_grad
         o_grad = (step_grad - unit_o * (unit_o * step_grad).sum(-1, keepdim=True)) * o_inverse
-        eigen_lr_grad = (y_grad * towards).sum_to_size(eigen_lr.shape)
+        eigen_lr_grad = -(y_grad * away).sum_to_size(eigen_lr.shape)
         return (y_grad - step_grad).to(ctx.h_dtype), o_grad.to(o.dtype), eigen_lr_grad.to(eigen_lr.dtype)

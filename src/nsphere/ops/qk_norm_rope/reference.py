@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nsphere.norms import NormSpec, compute_dtype, eps_of, standardize
+from nsphere.ops.backend import cast
 from nsphere.rope import RopeSpec, join_pairs, rotate, rotate_pairs, split_pairs
 
 
@@ -66,7 +67,7 @@ def forward(x: Tensor, t: SideTensors, spec: SideSpec) -> tuple[Tensor, Tensor |
         x = rotate(x, t.cos, t.sin, spec.rope)
     if spec.norm is not None and not spec.norm_first:
         x, inverse = _norm(x, t, spec, eps)
-    return _multiply(x, t.multiplier, t.constant).to(dtype), inverse
+    return cast(_multiply(x, t.multiplier, t.constant), dtype), inverse
 
 
 def from_output(t: SideTensors) -> bool:

@@ -1,7 +1,8 @@
 """One weightless side in a graph that is being compiled, with a backward that starts from the output.
 
-Attention keeps its q and k in any case, so that nothing more is kept of a side without a multiplier. A multiplier,
-such as nGPT's s_qk, may be zero: it rides outside, and the rounded output without it is kept. Left to itself the
+Attention keeps its q and k in any case, so that nothing more is kept of a side, be it multiplied or not: what a
+multiplier such as nGPT's s_qk did is undone by a division. A multiplier of 0 would leave nothing to divide: 2⁻⁶⁰
+stands in for it, which is too little to reach a sum of products with a key and keeps the digits. Left to itself the
 compiler keeps the inputs of both sides, and the rotated fp32 values under the multiplier besides.
 """
 
@@ -12,17 +13,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsphere.norms import compute_dtype
-from nsphere.ops.backend import TRACES_BACKWARDS
+from nsphere.ops.backend import cast
 from nsphere.ops.qk_norm_rope import reference
 from nsphere.ops.qk_norm_rope.reference import SideSpec, SideTensors
+
+LEAST = 2.0**-60
+"""The least size of a multiplier: a unit vector's components times this are normal numbers of fp32 and bf16."""
 
 
 def suits(x: Tensor, spec: SideSpec, t: SideTensors) -> bool:
     """Whether this side is a weightless norm that needs gradients, and its tables need none."""
-    if not TRACES_BACKWARDS:
-        return False
     if spec.norm is None or t.weight is not None or t.bias is not None or reference.loses_the_input(spec, t):
         return False
+    if t.multiplier is not None and x.dtype == torch.float16:
+        return False  # its range is too small to divide by a small multiplier
     needed = x.requires_grad or (t.multiplier is not None and t.multiplier.requires_grad)
     tables = any(table is not None and table.requires_grad for table in (t.cos, t.sin))
     plain = type(x) is Tensor and not isinstance(t.constant, Tensor)
@@ -46,11 +50,13 @@ class _NormRope(torch.autograd.Function):
         spec: SideSpec,
     ) -> Tensor:
         t = SideTensors(cos=cos, sin=sin, constant=constant)
-        wide, inverse = reference.forward(x.to(compute_dtype(x)), t, spec)
-        y = wide.to(x.dtype)
+        y, inverse = reference.forward(x.to(compute_dtype(x)), t, spec)
+        if multiplier is not None:
+            y = y * _nonzero(multiplier)
+        y = cast(y, x.dtype)
         ctx.save_for_backward(y, inverse, multiplier, cos, sin)
         ctx.constant, ctx.spec = constant, spec
-        return y if multiplier is None else (wide * multiplier).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -58,10 +64,14 @@ class _NormRope(torch.autograd.Function):
         y, inverse, multiplier, cos, sin = ctx.saved_tensors
         dtype, dm = grad.dtype, None
         if multiplier is not None:
-            grad = grad.to(inverse.dtype)
+            grad, factor = grad.to(inverse.dtype), _nonzero(multiplier)
             if ctx.needs_input_grad[1]:
-                dm = (grad * y).sum_to_size(multiplier.shape).to(multiplier.dtype)
-            grad = grad * multiplier
+                dm = ((grad * y).sum_to_size(multiplier.shape) / factor).to(multiplier.dtype)
+            grad, y = grad * multiplier, y * (1 / factor)
         t = SideTensors(cos=cos, sin=sin, constant=ctx.constant)
         dx = reference.backward(grad, y, inverse, t, ctx.spec)[0]
         return dx.to(dtype), dm, None, None, None, None
+
+
+def _nonzero(multiplier: Tensor) -> Tensor:
+    return torch.where(multiplier.abs() < LEAST, LEAST, multiplier)
