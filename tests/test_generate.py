@@ -278,6 +278,35 @@ def test_a_text_ends_at_the_separator() -> None:
         assert "".join(piece for _, piece in pieces) == expected
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": "ab"}, "prompts is a list of texts, got 'ab'"),
+        ({"stop": "ab"}, "stop is a list of texts, got 'ab'"),
+        ({"tokenizer": None}, "the tokenizer is that of the run, got a NoneType"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
+        ({"cache_dtype": "int4"}, "a cache of 'int4' is not supported; choose"),
+        ({"cache_dtype": torch.int8}, "a cache of torch.int8 is not supported; give a floating dtype"),
+        ({"prompts": ["x" * 32]}, "has 32 tokens, the model's context is 32"),
+        ({"model": torch.nn.Linear(2, 2)}, "a GPT or NGPT of this library generates here, got a Linear"),
+    ],
+)
+def test_texts_that_cannot_be_made(change, message) -> None:
+    asked = {"model": make(vocab_size=256, context=32), "tokenizer": ByteTokenizer(), "prompts": ["a"]}
+    with pytest.raises(ValueError, match=message):
+        generate_texts(**{**asked, "max_new_tokens": 3, **change})
+
+
+def test_a_cache_goes_by_its_name_too() -> None:
+    model = make()
+    assert list(generate(model, [3], 9, Sampling(0.0), "bfloat16")) == list(
+        generate(model, [3], 9, Sampling(0.0), torch.bfloat16)
+    )
+    for prompt in ("abc", [1.5], torch.ones(1, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match="a prompt is a sequence of token numbers"):
+            next(generate(model, prompt, 3))
+
+
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], [1] * 16], [[31]]])
 def test_requests_that_cannot_be(prompts) -> None:
     with pytest.raises(ValueError, match="no prompt|is empty|has 16 tokens|vocabulary of 31"):

@@ -56,12 +56,6 @@ def export(run: SavedRun, out: Path, to: str) -> list[Path]:
         raise ValueError(f"{out} does not end in {SUFFIXES[to]}, as a file of --to {to} does; name it so")
     if out.exists():
         raise ValueError(f"{out} is there already; remove it, or choose another name")
-    vocab_size = run.model.config.vocab_size
-    if run.tokenizer is not None and run.tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"{run.folder} has a tokenizer of {run.tokenizer.vocab_size} tokens and a model of {vocab_size}: it is "
-            "another model's; put the right one into its tokenizer folder"
-        )
     if to == "hf":
         from nsphere.hf.export import write_folder
 

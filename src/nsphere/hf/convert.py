@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from nsphere.fold import Constant
 from nsphere.gpt import GPTConfig
 from nsphere.hf.modeling_ngpt import NGPTConfig as HFConfig
 from nsphere.hf.modeling_ngpt import NGPTForCausalLM
@@ -143,8 +144,12 @@ def to_hf(model: Decoder) -> PreTrainedModel:
     nGPT becomes `NGPTForCausalLM`, GPT a `LlamaForCausalLM`, GPT with RMS QK-norm a `Qwen3ForCausalLM`.
 
     Raises:
-        ValueError: see `hf_config`.
+        ValueError: see `hf_config`; a model of another kind, or a folded one.
     """
+    if not isinstance(getattr(model, "config", None), DecoderConfig):
+        raise ValueError(f"to_hf takes a GPT or NGPT of this library, got a {type(model).__name__}")
+    if any(isinstance(module, Constant) for module in model.modules()):
+        raise ValueError("this model was folded, which its scales do not survive; give the one that it was made of")
     config = hf_config(model.config)
     theirs: PreTrainedModel = _CLASSES[type(config)](config).to(next(model.parameters()).dtype)
     is_ngpt = isinstance(model, NGPT)
@@ -164,12 +169,12 @@ def from_hf(model: PreTrainedModel) -> Decoder:
     Raises:
         ValueError: another class, or a shape that GPT does not have, with what stands against it.
     """
-    theirs: Any = model.config
     if type(model).__name__ not in ("NGPTForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"):
         raise ValueError(
             f"{type(model).__name__} is no model that nsphere has; it reads NGPTForCausalLM, LlamaForCausalLM and "
             "Qwen3ForCausalLM"
         )
+    theirs: Any = model.config
     fields = {ours: getattr(theirs, name) for ours, name in _SHAPE.items()}
     # shipped with an export and loaded with trust_remote_code, the class is another one of the same name
     is_ngpt = type(model).__name__ == "NGPTForCausalLM"
