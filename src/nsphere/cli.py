@@ -461,9 +461,11 @@ def _export(argv: list[str]) -> None:
         """The folder (hf) or file (.safetensors, .pt2, .onnx) to make."""
         to: Literal["hf", "safetensors", "torch-export", "onnx"] = "hf"
         """hf: a transformers folder; safetensors: one file; torch-export, onnx: a program from tokens to logits."""
+        chat_template: Path | None = None
+        """A Jinja file that makes a prompt of a conversation, to go along in the transformers folder."""
 
     args = _parse(Export, "export", argv)
-    for path in export(load_run(args.run, torch.device("cpu")), args.out, args.to):
+    for path in export(load_run(args.run, torch.device("cpu")), args.out, args.to, args.chat_template):
         print(path)
 
 
