@@ -135,6 +135,7 @@ def continued(model, requests, **options):
         ("ngpt", {}),
         ("ngpt", {"num_kv_heads": 1}),
         ("ngpt", {"convention": "nvidia"}),
+        ("gpt", {"convention": "nvidia"}),
         ("ngpt", {"qk_norm": False}),
     ],
 )
@@ -198,8 +199,9 @@ def test_a_smaller_cache_draws_nearly_the_same(dtype) -> None:
 
 
 @needs.compiler
-def test_compiled_steps_give_the_same_tokens_and_are_not_compiled_again() -> None:
-    model = make(num_layers=1)
+@pytest.mark.parametrize(("architecture", "convention"), [("ngpt", "paper"), ("ngpt", "nvidia"), ("gpt", "nvidia")])
+def test_compiled_steps_give_the_same_tokens_and_are_not_compiled_again(architecture, convention) -> None:
+    model = make(architecture, convention=convention, num_layers=1)
     requests = [Request(prompt, 24, Sampling(0.0)) for prompt in PROMPTS]
     expected = continued(model, requests)
     counters.clear()
