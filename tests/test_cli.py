@@ -164,6 +164,13 @@ def test_train_generate_inspect(capsys, tmp_path, text) -> None:
     assert_refused(call(capsys, "generate", run, "--temperature", "-1"), "temperature must be a number from 0 up")
     assert_refused(call(capsys, "generate", tmp_path), "is not a run folder")
 
+    assert_refused(call(capsys, "generate"), "missing: PATH A run folder")
+    for command in ("generate", "eval", "inspect"):
+        assert_refused(call(capsys, command, tmp_path / "none"), "none does not exist; give a run folder")
+    for out, why in ((tmp_path, "it is a folder"), (tmp_path / "none" / "x.json", "there is no folder")):
+        assert_refused(call(capsys, "eval", run, "--out", out), why)
+    assert_refused(call(capsys, "eval", run, "--data", "hf:"), "data 'hf:' names no dataset")
+
     code, table, _ = call(capsys, "inspect", run)
     assert code == 0 and "cond W_q" in table and "mean eigen_lr_mlp" in table
     assert "<svg" in (run / "inspection.html").read_text()

@@ -69,8 +69,10 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
 def test_a_tokenizer_of_another_model_is_refused(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(type(run.tokenizer), "vocab_size", 999, raising=False)
     if isinstance(run.tokenizer, ByteTokenizer):
-        code, _, err = call(capsys, "export", run.folder, tmp_path / "x")
-        assert code == 2 and "has a tokenizer of 999 tokens and a model of 256: it is another model's" in err
+        for command in (["export", run.folder, tmp_path / "x"], ["generate", run.folder], ["eval", run.folder]):
+            code, out, err = call(capsys, *command)
+            assert (code, out) == (2, "")
+            assert "has a tokenizer of 999 tokens and a model of 256: it is another model's" in err
 
 
 def test_one_safetensors_file(run, tmp_path):

@@ -113,3 +113,11 @@ def test_a_model_prepared_for_compiling():
     for p in model.parameters():
         p.zero_()
     torch.testing.assert_close(folded.loss(TOKENS, TOKENS), expected)
+
+
+def test_what_cannot_be_folded():
+    with pytest.raises(ValueError, match="fold is for GPT and NGPT of this library, got a Linear"):
+        fold(torch.nn.Linear(2, 2))
+    model = make_model(make_config("gpt", vocab_size=8, context=4, d_model=8, num_layers=1, num_heads=2))
+    with pytest.raises(ValueError, match="matrices of torch.int8 are not supported"):
+        fold(model, torch.int8)

@@ -135,6 +135,7 @@ def continued(model, requests, **options):
         ("ngpt", {}),
         ("ngpt", {"num_kv_heads": 1}),
         ("ngpt", {"convention": "nvidia"}),
+        ("gpt", {"convention": "nvidia"}),
         ("ngpt", {"qk_norm": False}),
     ],
 )
@@ -198,8 +199,9 @@ def test_a_smaller_cache_draws_nearly_the_same(dtype) -> None:
 
 
 @needs.compiler
-def test_compiled_steps_give_the_same_tokens_and_are_not_compiled_again() -> None:
-    model = make(num_layers=1)
+@pytest.mark.parametrize(("architecture", "convention"), [("ngpt", "paper"), ("ngpt", "nvidia"), ("gpt", "nvidia")])
+def test_compiled_steps_give_the_same_tokens_and_are_not_compiled_again(architecture, convention) -> None:
+    model = make(architecture, convention=convention, num_layers=1)
     requests = [Request(prompt, 24, Sampling(0.0)) for prompt in PROMPTS]
     expected = continued(model, requests)
     counters.clear()
@@ -276,6 +278,35 @@ def test_a_text_ends_at_the_separator() -> None:
             model.head.weight[65] = torch.linalg.lstsq(h, torch.ones(5, 1)).solution[:, 0]
         pieces = generate_texts(model, tokenizer, ["x"], 5, Sampling(0.0))
         assert "".join(piece for _, piece in pieces) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": "ab"}, "prompts is a list of texts, got 'ab'"),
+        ({"stop": "ab"}, "stop is a list of texts, got 'ab'"),
+        ({"tokenizer": None}, "the tokenizer is that of the run, got a NoneType"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
+        ({"cache_dtype": "int4"}, "a cache of 'int4' is not supported; choose"),
+        ({"cache_dtype": torch.int8}, "a cache of torch.int8 is not supported; give a floating dtype"),
+        ({"prompts": ["x" * 32]}, "has 32 tokens, the model's context is 32"),
+        ({"model": torch.nn.Linear(2, 2)}, "a GPT or NGPT of this library generates here, got a Linear"),
+    ],
+)
+def test_texts_that_cannot_be_made(change, message) -> None:
+    asked = {"model": make(vocab_size=256, context=32), "tokenizer": ByteTokenizer(), "prompts": ["a"]}
+    with pytest.raises(ValueError, match=message):
+        generate_texts(**{**asked, "max_new_tokens": 3, **change})
+
+
+def test_a_cache_goes_by_its_name_too() -> None:
+    model = make()
+    assert list(generate(model, [3], 9, Sampling(0.0), "bfloat16")) == list(
+        generate(model, [3], 9, Sampling(0.0), torch.bfloat16)
+    )
+    for prompt in ("abc", [1.5], torch.ones(1, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match="a prompt is a sequence of token numbers"):
+            next(generate(model, prompt, 3))
 
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], [1] * 16], [[31]]])

@@ -92,6 +92,9 @@ def test_foreign_folders_and_files(tmp_path, capsys, run):
     refused(tmp_path / "none", "does not exist")
     refused(tmp_path, "is no transformers folder")
     refused(run.folder, "is a run folder of nsphere already")
+    exported = tmp_path / "whole.safetensors"
+    assert call(capsys, "export", run.folder, exported, "--to", "safetensors")[0] == 0
+    refused(exported, "is made from the text that is trained on; give the folder", "--tokenizer", "bpe:300")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     refused(tmp_path / "bert", "holds a model of type 'bert'; ngpt, gpt2, llama and qwen3 can be imported")

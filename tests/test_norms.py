@@ -260,6 +260,8 @@ def test_ways_to_ask_for_a_norm():
     ("make", "message"),
     [
         (lambda: make_norm("rsm", D), "unknown norm 'rsm'; known: l2, layer, rms"),
+        (lambda: make_norm("rms", D, epss=1), "RMSNorm has no option epss; choose from eps, eps_place, weight, bias"),
+        (lambda: make_norm("l2", D, statistic="rms"), "L2Norm has no option statistic; choose from eps"),
         (lambda: make_norm(3, D), "a norm is a name, a class, a partial, an instance or None; got 3"),
         (lambda: make_norm(nn.LayerNorm(D), D, eps=1.0), "cannot be applied to"),
         (lambda: RMSNorm(0), "got dim=0"),

@@ -58,3 +58,8 @@ def test_a_seed_gives_a_model():
         models.append(make_model(config).embed.weight)
     assert torch.equal(models[0], models[1])
     assert not torch.equal(models[0], models[2])
+
+
+def test_an_unknown_architecture():
+    with pytest.raises(ValueError, match="unknown architecture 'bert'; choose gpt, ngpt"):
+        make_config("bert")

@@ -167,6 +167,7 @@ def _one_line(box: str, name: str) -> str:
         lambda m: "choose " + ", ".join(sorted(set(re.findall(r"'(.+?)'", m[1])) - {"None"})),
         text,
     )
+    text = re.sub(r"Required options Missing from nsphere [\w ]+: ", "missing: ", text)
     said = re.split(r"Perhaps you meant:|Argument helptext:|\.? Got errors:|For full helptext", text)[0].strip(" .")
     if "Perhaps you meant" in text and nearest:
         said += f"; did you mean {' or '.join(nearest[:2])}?"
@@ -367,8 +368,9 @@ def _eval(argv: list[str]) -> None:
     args = _parse(Eval, "eval", argv)
     if args.num_tokens is not None and args.num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, got {args.num_tokens}")
-    if args.out is not None and not args.out.parent.is_dir():
-        raise ValueError(f"{args.out} can't be written: there is no folder {args.out.parent}")
+    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
+        why = "it is a folder" if args.out.is_dir() else f"there is no folder {args.out.parent}"
+        raise ValueError(f"{args.out} can't be written: {why}; choose another --out")
     run = load_run(args.run, choose_device(args.device))
     config = DataConfig(**run.config["data"])
     if args.data is not None:
@@ -460,9 +462,11 @@ def _export(argv: list[str]) -> None:
         """The folder (hf) or file (.safetensors, .pt2, .onnx) to make."""
         to: Literal["hf", "safetensors", "torch-export", "onnx"] = "hf"
         """hf: a transformers folder; safetensors: one file; torch-export, onnx: a program from tokens to logits."""
+        chat_template: Path | None = None
+        """A Jinja file that makes a prompt of a conversation, to go along in the transformers folder."""
 
     args = _parse(Export, "export", argv)
-    for path in export(load_run(args.run, torch.device("cpu")), args.out, args.to):
+    for path in export(load_run(args.run, torch.device("cpu")), args.out, args.to, args.chat_template):
         print(path)
 
 

@@ -31,7 +31,7 @@ METADATA_KEY = "nsphere"
 _ONE_FILE = 1 << 30  # protobuf, which ONNX is, ends at 2 GiB; larger weights go into a file beside
 
 
-def export(run: SavedRun, out: Path, to: str) -> list[Path]:
+def export(run: SavedRun, out: Path, to: str, chat_template: Path | None = None) -> list[Path]:
     """Write a run's model in another format; whole or not at all.
 
     Args:
@@ -42,13 +42,14 @@ def export(run: SavedRun, out: Path, to: str) -> list[Path]:
             tokens int64 [B, T] → logits fp32 [B, T, V], for any B and any T up to the context. "onnx": the same as
             ONNX, with the input "tokens" and the output "logits". Both programs are folded (`nsphere.fold`), in fp32,
             and have no cache.
+        chat_template: for "hf": a Jinja file that makes a prompt of a conversation, for chat completions.
 
     Returns:
         The files that were written.
 
     Raises:
-        ValueError: an unknown format, a name that does not end as it should, something that is there already, or a
-            model that has no form there.
+        ValueError: an unknown format, a name that does not end as it should, something that is there already, a model
+            that has no form there, or a chat template that can't be used.
     """
     if to not in SUFFIXES:
         raise ValueError(f"there is no export to {to!r}; choose {', '.join(SUFFIXES)}")
@@ -56,17 +57,13 @@ def export(run: SavedRun, out: Path, to: str) -> list[Path]:
         raise ValueError(f"{out} does not end in {SUFFIXES[to]}, as a file of --to {to} does; name it so")
     if out.exists():
         raise ValueError(f"{out} is there already; remove it, or choose another name")
-    vocab_size = run.model.config.vocab_size
-    if run.tokenizer is not None and run.tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"{run.folder} has a tokenizer of {run.tokenizer.vocab_size} tokens and a model of {vocab_size}: it is "
-            "another model's; put the right one into its tokenizer folder"
-        )
+    if chat_template is not None and to != "hf":
+        raise ValueError(f"a chat template belongs to a transformers folder, not to --to {to}; leave it out")
     if to == "hf":
         from nsphere.hf.export import write_folder
 
         with new_folder(out) as folder:
-            write_folder(run, folder)
+            write_folder(run, folder, chat_template=chat_template)
         return sorted(out.iterdir())
     write: Callable[[SavedRun, Path], None] = {
         "safetensors": _write_safetensors,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nsphere.hypersphere import SphereEmbedding, SphereLinear
-from nsphere.layers import Attention, Decoder
+from nsphere.layers import Attention, Decoder, DecoderConfig
 from nsphere.ngpt import NGPTBlock, QKScale
 from nsphere.ngpt_nvidia import NvidiaQKNorm
 from nsphere.ops.normalized_update import unit
@@ -41,7 +41,14 @@ def fold(model: Decoder, dtype: torch.dtype | None = None) -> Decoder:
 
     Returns:
         A model of the same class, in evaluation mode, that can't be trained.
+
+    Raises:
+        ValueError: a model of another kind, or a dtype that is no floating one.
     """
+    if not isinstance(getattr(model, "config", None), DecoderConfig):
+        raise ValueError(f"fold is for GPT and NGPT of this library, got a {type(model).__name__}; see hf.from_hf")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"matrices of {dtype} are not supported; give float32, bfloat16 or float16")
     folded = copy.deepcopy(model)
     folded.__dict__.pop("hidden_loss", None)  # a compiled one is the original's
     for module in list(folded.modules()):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsphere.kv_cache import CacheDtype, KVCache
-from nsphere.layers import Decoder
+from nsphere.layers import Decoder, DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ class Generation:
             every power of two.
 
     Raises:
-        ValueError: no request, an empty prompt, one that fills the context, or tokens outside the vocabulary.
+        ValueError: another kind of model, no request, an empty prompt, one that fills the context, tokens outside the
+            vocabulary, or a cache_dtype that keys and values can't be stored in.
     """
 
     def __init__(
@@ -131,6 +133,8 @@ class Generation:
         grow: bool = True,
         compile: bool = False,
     ) -> None:
+        if not isinstance(getattr(model, "config", None), DecoderConfig):
+            raise ValueError(f"a GPT or NGPT of this library generates here, got a {type(model).__name__}")
         if not requests:
             raise ValueError("there is no prompt; give at least one")
         for request in requests:
@@ -211,6 +215,14 @@ def _compiled_next_logits() -> Callable[..., Tensor]:
 
 def _check(request: Request, model: Decoder) -> None:
     context, vocab_size, prompt = model.config.context, model.config.vocab_size, request.prompt
+    try:
+        prompt = [operator.index(token) for token in prompt]
+    except TypeError:
+        raise ValueError(
+            f"a prompt is a sequence of token numbers, got {request.prompt!r:.80}; encode a text first"
+        ) from None
+    if request.max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {request.max_new_tokens}")
     if not prompt:
         raise ValueError("the prompt is empty; give at least one token, such as the document separator")
     if len(prompt) >= context:
@@ -329,8 +341,13 @@ def generate_texts(
         compile: see Generation.
 
     Raises:
-        ValueError: as Generation, and for an empty stop string.
+        ValueError: as Generation; for an empty stop string, and for one text where a list of them is asked for.
     """
+    for name, texts in (("prompts", prompts), ("stop", stop)):
+        if isinstance(texts, str):
+            raise ValueError(f"{name} is a list of texts, got {texts!r:.80}; put it into a list")
+    if not hasattr(tokenizer, "encode") or not hasattr(tokenizer, "separator_id"):
+        raise ValueError(f"the tokenizer is that of the run, got a {type(tokenizer).__name__}")
     sampling = sampling or Sampling()
     ends = frozenset({tokenizer.separator_id} if stop_at_separator and tokenizer.separator_id is not None else ())
     requests = [

@@ -142,6 +142,9 @@ class KVCache:
         unit_keys: whether keys are unit vectors, as nGPT's are.
         grow: start small and double as needed; otherwise all memory is laid out at once and never moves.
 
+    Raises:
+        ValueError: for a dtype that keys and values can't be stored in.
+
     Attributes:
         end: the number of slots that are looked at; `reserve` sets it.
     """
@@ -159,6 +162,10 @@ class KVCache:
         unit_keys: bool = False,
         grow: bool = False,
     ) -> None:
+        if isinstance(dtype, str):
+            dtype = cache_dtype(dtype)
+        elif not dtype.is_floating_point:
+            raise ValueError(f'a cache of {dtype} is not supported; give a floating dtype, "int8" or "fp8"')
         self.max_tokens, self.grow, self.end = max_tokens, grow, 0
         shape = (batch_size, min(max_tokens, 64) if grow else max_tokens, num_kv_heads, head_dim)
         device = torch.device(device)

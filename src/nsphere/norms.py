@@ -271,6 +271,17 @@ class StatisticNorm(Norm):
         return ", ".join(shown)
 
 
+def _spec(norm: type, statistic: Statistic, eps: float | None, /, **fields: Any) -> NormSpec:
+    """The NormSpec of a norm's arguments; ValueError, listing what there is, for one that it does not have."""
+    known = [field.name for field in dataclasses.fields(NormSpec) if field.name != "statistic"]
+    if unknown := sorted(fields.keys() - set(known)):
+        raise ValueError(
+            f"{norm.__name__} has no option {', '.join(unknown)}; choose from {', '.join(known)}, num_heads, device, "
+            "dtype"
+        )
+    return NormSpec(statistic, eps, **fields)
+
+
 class L2Norm(StatisticNorm):
     """The unit norm, x / ‖x‖₂ · weight (nGPT; Henry et al. 2020); a zero row stays zero, with zero gradient.
 
@@ -297,7 +308,7 @@ class L2Norm(StatisticNorm):
         dtype: Any = None,
         **fields: Any,
     ):
-        spec = NormSpec("l2", eps, weight=weight, **fields)
+        spec = _spec(type(self), "l2", eps, weight=weight, **fields)
         super().__init__(dim, spec, num_heads=num_heads, device=device, dtype=dtype)
 
 
@@ -315,7 +326,7 @@ class RMSNorm(StatisticNorm):
         dtype: Any = None,
         **fields: Any,
     ):
-        spec = NormSpec("rms", eps, weight=weight, **fields)
+        spec = _spec(type(self), "rms", eps, weight=weight, **fields)
         super().__init__(dim, spec, num_heads=num_heads, device=device, dtype=dtype)
 
 
@@ -335,7 +346,7 @@ class LayerNorm(StatisticNorm):
         **fields: Any,
     ):
         bias = weight != "none" if bias is None else bias
-        spec = NormSpec("layer", eps, weight=weight, bias=bias, **fields)
+        spec = _spec(type(self), "layer", eps, weight=weight, bias=bias, **fields)
         super().__init__(dim, spec, num_heads=num_heads, device=device, dtype=dtype)
 
 

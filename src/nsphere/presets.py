@@ -78,7 +78,9 @@ ARCHITECTURES: dict[str, tuple[type, Any]] = {"gpt": (GPTConfig, make_gpt), "ngp
 
 
 def make_config(architecture: str, **fields: Any) -> Any:
-    """The config of an architecture, "gpt" or "ngpt"."""
+    """The config of an architecture, "gpt" or "ngpt"; ValueError for another."""
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}; choose {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[architecture][0](**fields)
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from needs import compiler
+from safetensors.torch import load_file, save_file
 from tolerances import error
 from torch import nn
 
@@ -362,6 +363,28 @@ def test_a_model_saved_without_is_not_loaded(tmp_path):
     with pytest.raises(
         ValueError, match="was saved without add_qk_norm: its config has no nsphere_qk_norm; use from_pr"
     ):
+        hf.load(tmp_path)
+
+
+def test_what_is_not_whole_is_not_loaded(tmp_path):
+    with pytest.raises(ValueError, match="there is no folder .*none, and as a name on the hub it can't be loaded"):
+        hf.load(tmp_path / "none")
+    with pytest.raises(ValueError, match="can't be loaded: Unrecognized model"):
+        hf.load(tmp_path)
+    model = llama()
+    hf.add_qk_norm(model)
+    model.save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    tensors = load_file(weights)
+    lost = "model.layers.1.self_attn.k_norm.weight"
+    save_file({name: t for name, t in tensors.items() if name != lost}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"is not whole: its weights lack {lost}; save the model again"):
+        hf.load(tmp_path)
+    save_file(tensors, weights, {"format": "pt"})
+    assert torch.equal(logits(hf.load(tmp_path).eval()), logits(model))
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps(said | {"nsphere_qk_norm": {"norm": "rms"}}))
+    with pytest.raises(ValueError, match="is not whole: nsphere_qk_norm in its config.json must hold norm, place"):
         hf.load(tmp_path)
 
 

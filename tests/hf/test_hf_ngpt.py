@@ -10,6 +10,7 @@ from torch.nn import functional as F
 transformers = pytest.importorskip("transformers")
 
 from nsphere import hf  # noqa: E402
+from nsphere.fold import fold  # noqa: E402
 from nsphere.generate import generate  # noqa: E402
 from nsphere.hypersphere import assert_on_hypersphere, max_norm_deviation, normalize_matrices_  # noqa: E402
 from nsphere.optim import keep_on_hypersphere  # noqa: E402
@@ -130,6 +131,13 @@ def test_models_of_others():
             hf.from_hf(transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, intermediate_size=24, **change)))
     with pytest.raises(ValueError, match="GPT2Model is no model that nsphere has"):
         hf.from_hf(transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)))
+    for other in ("a path", llama):
+        with pytest.raises(ValueError, match=f"{type(other).__name__} is no model that nsphere has"):
+            hf.from_hf(other)
+    with pytest.raises(ValueError, match="to_hf takes a GPT or NGPT of this library, got a LlamaForCausalLM"):
+        hf.to_hf(model)
+    with pytest.raises(ValueError, match="was folded, which its scales do not survive; give the one that it was made"):
+        hf.to_hf(fold(make("paper")))
 
 
 @torch.no_grad()
@@ -207,7 +215,6 @@ def greedy(theirs, **options):
 
 
 def our_greedy(ours, **options):
-    from nsphere.fold import fold
     from nsphere.generate import Sampling
 
     return [list(generate(fold(ours), prompt, 15, Sampling(0.0), **options)) for prompt in PROMPTS]
@@ -220,6 +227,28 @@ def test_greedy_generation_is_ours_token_for_token(case, cache):
     made = greedy(hf.to_hf(ours), cache_implementation=cache)
     assert made == our_greedy(ours)
     assert len(set(made[0])) > 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": "paper"},
+        {"assistant_early_exit": 1},
+        {"prefill_chunk_size": 2},
+        {"prefill_chunk_size": 2, "cache_implementation": "static"},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_drafts_and_chunks_make_the_same_tokens(options):
+    """Drafted by the prompt, by another model or by the first layer: what is accepted is what the model says itself."""
+    ours = make("gqa").double()
+    theirs = hf.to_hf(ours)
+    if "assistant_model" in options:
+        options = {"assistant_model": hf.to_hf(make("paper", num_layers=1).double())}
+    prompt = torch.tensor(PROMPTS[:1])
+    made = theirs.generate(prompt, max_new_tokens=15, do_sample=False, pad_token_id=0, **options)
+    assert made[0, 5:].tolist() == our_greedy(ours)[0]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -247,9 +276,15 @@ def test_offloaded_caches_make_the_same_tokens(cache):
     assert made[0, 5:].tolist() == our_greedy(ours)[0]
 
 
-def test_a_quantized_cache_gives_nearly_the_same_logits():
-    pytest.importorskip("optimum.quanto")
-    theirs = hf.to_hf(make("paper"))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it can be used")
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_are_transformers_own_error_on_a_cpu(cache):
+    with pytest.raises((AssertionError, RuntimeError), match="(?i)cuda|nvidia"):
+        greedy(hf.to_hf(make("gqa")), cache_implementation=cache)
+
+
+def relative_error(theirs, config):
+    """Of the logits of 15 greedy tokens through a quantized cache."""
 
     def logits(**options):
         out = theirs.generate(
@@ -264,12 +299,26 @@ def test_a_quantized_cache_gives_nearly_the_same_logits():
         return torch.stack(out.logits)
 
     exact = logits()
+    made = logits(cache_implementation="quantized", cache_config=config)
+    return ((made - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache"
+)
+@pytest.mark.parametrize("case", ["paper", "nvidia"])
+def test_a_cache_in_fp8_gives_nearly_the_same_logits(case):
+    assert 1e-4 < relative_error(hf.to_hf(make(case)), {"backend": "fp8"}) < 0.02
+
+
+def test_a_quantized_cache_gives_nearly_the_same_logits():
+    pytest.importorskip("optimum.quanto")
+    theirs = hf.to_hf(make("paper"))
     errors = []
     for nbits in (4, 2):
         # quanto's groups, of 64 numbers if not given, must divide heads · head_dim, which here is 24
         config = {"backend": "quanto", "nbits": nbits, "residual_length": 4, "q_group_size": 24}
-        made = logits(cache_implementation="quantized", cache_config=config)
-        errors.append(((made - exact).norm() / exact.norm()).item())
+        errors.append(relative_error(theirs, config))
     assert 1e-4 < errors[0] < 0.05 and 2 * errors[0] < errors[1] < 0.5, errors
 
 

@@ -29,11 +29,16 @@ def run(tmp_path_factory):
     return load_run(folder / "run", torch.device("cpu"))
 
 
+CHAT = """{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+
+
 @pytest.fixture(scope="module")
 def served(run, tmp_path_factory):
     """A client, and the name of the model: the folder as the server was given it."""
     folder = tmp_path_factory.mktemp("exported")
-    export(run, folder / "x", "hf")
+    (folder / "chat.jinja").write_text(CHAT)
+    export(run, folder / "x", "hf", folder / "chat.jinja")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,6 +79,15 @@ def test_whole_and_streamed_it_says_what_nsphere_generates(run, served, capsys):
     assert stopped.choices[0].finish_reason == "stop"
 
 
+def test_a_chat_goes_through_the_template_that_was_exported(served):
+    client, model = served
+    asked = {"model": model, "max_tokens": 12, "temperature": 0}
+    chat = client.chat.completions.create(messages=[{"role": "user", "content": "line 7"}], **asked)
+    plain = client.completions.create(prompt="user: line 7\nassistant: ", **asked)
+    assert chat.choices[0].message.content == plain.choices[0].text != ""
+    assert chat.usage.prompt_tokens == plain.usage.prompt_tokens == 24
+
+
 def test_a_temperature_draws(served):
     client, model = served
     asked = {"model": model, "prompt": "line 7", "max_tokens": 30, "temperature": 2.0}
@@ -81,10 +95,43 @@ def test_a_temperature_draws(served):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_chat_template_that_cannot_be(run, tmp_path, capsys):
+    template = tmp_path / "chat.jinja"
+    for text, message in (
+        (None, "can't be used: FileNotFoundError"),
+        ("{% for m in messages %}", "can't be used: TemplateSyntaxError: Unexpected end of template"),
+        ("{{ raise_exception('no') }}", "can't be used: TemplateError: no"),
+        ("", "makes an empty prompt of a question"),
+    ):
+        if text is not None:
+            template.write_text(text)
+        assert cli.main(["export", str(run.folder), str(tmp_path / "x"), "--chat-template", str(template)]) == 2
+        out, err = capsys.readouterr()
+        assert message in err and (out, err.count("\n")) == ("", 1)
+    flags = ["--to", "safetensors", "--chat-template", str(template)]
+    assert cli.main(["export", str(run.folder), str(tmp_path / "x.safetensors"), *flags]) == 2
+    assert "belongs to a transformers folder, not to --to safetensors" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["chat.jinja"]
+
+
+def test_an_address_that_cannot_be_listened_at(run, tmp_path, capsys):
+    """Said before the model is loaded."""
+    export(run, tmp_path / "x", "hf")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for host, message in (("127.0.0.1", f"can't listen at 127.0.0.1:{port} ("), ("no.such.host.invalid", "can't")):
+            assert cli.main(["serve", str(tmp_path / "x"), "--host", host, "--port", str(port)]) == 2
+            out, err = capsys.readouterr()
+            assert message in err and (out, err.count("\n")) == ("", 1)
+
+
 def test_what_cannot_be_served_is_one_line(run, tmp_path, capsys):
     for folder, message in (
         (tmp_path, "is no transformers folder; make one with nsphere export"),
         (run.folder, "is no transformers folder; make one with nsphere export"),
+        (tmp_path / "none", "does not exist; give a transformers folder"),
     ):
         assert cli.main(["serve", str(folder)]) == 2
         out, err = capsys.readouterr()

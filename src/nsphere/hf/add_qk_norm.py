@@ -5,7 +5,8 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -177,16 +178,20 @@ def load(path: Any, cls: Any = None, **from_pretrained: Any) -> Any:
         **from_pretrained: its other arguments: dtype, device_map, and so on.
 
     Raises:
-        ValueError: for a model that was saved without; use from_pretrained for that.
+        ValueError: for a model that was saved without (use from_pretrained for that), for what is missing or not whole,
+            and for weights without those of the norms.
     """
     import transformers
 
-    config = from_pretrained.pop("config", None) or transformers.AutoConfig.from_pretrained(path)
+    config = from_pretrained.pop("config", None) or _loaded(path, transformers.AutoConfig.from_pretrained)
     description = getattr(config, _CONFIG_FIELD, None)
     if description is None:
         raise ValueError(
             f"{path} was saved without add_qk_norm: its config has no {_CONFIG_FIELD}; use from_pretrained"
         )
+    parts = ("norm", "place", "options", "attentions")
+    if not isinstance(description, Mapping) or not all(part in description for part in parts):
+        raise ValueError(f"{path} is not whole: {_CONFIG_FIELD} in its config.json must hold {', '.join(parts)}")
     cls = cls or getattr(transformers, config.architectures[0])
 
     def with_norms(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -194,9 +199,23 @@ def load(path: Any, cls: Any = None, **from_pretrained: Any) -> Any:
         _install(self, description)
 
     made: Any = type(cls.__name__, (cls,), {"__init__": with_norms, "__module__": cls.__module__})
-    model = made.from_pretrained(path, config=config, **from_pretrained)
+    told = from_pretrained.pop("output_loading_info", False)
+    model, loading = _loaded(path, made.from_pretrained, config=config, output_loading_info=True, **from_pretrained)
     model.__class__ = cls
-    return model
+    norms = {f"{name}.{side}_norm." for name, a in model.named_modules() if wiring_of(a) for side in "qk"}
+    if lost := sorted(key for key in loading["missing_keys"] if any(key.startswith(norm) for norm in norms)):
+        raise ValueError(f"{path} is not whole: its weights lack {', '.join(lost[:3])}; save the model again")
+    return (model, loading) if told else model
+
+
+def _loaded(path: Any, from_pretrained: Callable[..., Any], **options: Any) -> Any:
+    """What from_pretrained makes of a path, with what it finds wrong in one sentence."""
+    try:
+        return from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        what = path if Path(path).is_dir() else f"there is no folder {path}, and as a name on the hub it"
+        raise ValueError(f"{what} can't be loaded: {reason}") from error
 
 
 def _batches(calibrate: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from nsphere.fold import Constant
 from nsphere.gpt import GPTConfig
 from nsphere.hf.gpt2 import from_gpt2, gpt2_config, gpt2_state_dict
 from nsphere.hf.modeling_ngpt import NGPTConfig as HFConfig
@@ -161,8 +162,12 @@ def to_hf(model: Decoder) -> PreTrainedModel:
     convention nanogpt a `GPT2LMHeadModel`, which has biases in any case: zeros, where it has none.
 
     Raises:
-        ValueError: see `hf_config`.
+        ValueError: see `hf_config`; a model of another kind, or a folded one.
     """
+    if not isinstance(getattr(model, "config", None), DecoderConfig):
+        raise ValueError(f"to_hf takes a GPT or NGPT of this library, got a {type(model).__name__}")
+    if any(isinstance(module, Constant) for module in model.modules()):
+        raise ValueError("this model was folded, which its scales do not survive; give the one that it was made of")
     config = hf_config(model.config)
     theirs: PreTrainedModel = _CLASSES[type(config)](config).to(next(model.parameters()).dtype)
     if isinstance(model, NanoGPT):
@@ -185,7 +190,6 @@ def from_hf(model: PreTrainedModel) -> Decoder:
     Raises:
         ValueError: another class, or a shape that GPT does not have, with what stands against it.
     """
-    theirs: Any = model.config
     if isinstance(model, GPT2LMHeadModel):
         return from_gpt2(model)
     if type(model).__name__ not in ("NGPTForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"):
@@ -193,6 +197,7 @@ def from_hf(model: PreTrainedModel) -> Decoder:
             f"{type(model).__name__} is no model that nsphere has; it reads NGPTForCausalLM, GPT2LMHeadModel, "
             "LlamaForCausalLM and Qwen3ForCausalLM"
         )
+    theirs: Any = model.config
     fields = {ours: getattr(theirs, name) for ours, name in _SHAPE.items()}
     # shipped with an export and loaded with trust_remote_code, the class is another one of the same name
     is_ngpt = type(model).__name__ == "NGPTForCausalLM"

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from nsphere.generate import Sampling
@@ -15,7 +15,9 @@ from nsphere.train.run_folder import read_result
 from nsphere.train.saved import SavedRun
 
 
-def write_folder(run: SavedRun, folder: Path, max_shard_size: str | int = "5GB") -> None:
+def write_folder(
+    run: SavedRun, folder: Path, max_shard_size: str | int = "5GB", chat_template: Path | None = None
+) -> None:
     """Write the model, its tokenizer if it has one, and a model card into an empty folder.
 
     Of nGPT the folder holds modeling_ngpt.py, which needs torch and transformers alone: with trust_remote_code=True it
@@ -26,10 +28,18 @@ def write_folder(run: SavedRun, folder: Path, max_shard_size: str | int = "5GB")
         run: from `load_run`.
         folder: exists and is empty.
         max_shard_size: weights beyond this are split into several files and an index.
+        chat_template: a Jinja file that makes a prompt of a conversation; it goes along as chat_template.jinja.
 
     Raises:
-        ValueError: a model that transformers has no class for.
+        ValueError: a model that transformers has no class for; a chat template that can't be read or makes no prompt.
     """
+    tokenizer = None if run.tokenizer is None else hf_tokenizer(run.tokenizer, run.model.config.context)
+    if chat_template is not None:
+        if tokenizer is None:
+            raise ValueError(
+                f"{run.folder} was trained on tokens without a tokenizer, which a chat template is part of"
+            )
+        tokenizer.chat_template = _read_template(chat_template, tokenizer)
     model = to_hf(run.model)
     ends = None if run.tokenizer is None else run.tokenizer.separator_id
     # drawn from as `nsphere generate` does; a server that is asked for a temperature ignores it without do_sample
@@ -46,9 +56,25 @@ def write_folder(run: SavedRun, folder: Path, max_shard_size: str | int = "5GB")
     if "auto_map" in (config := json.loads((folder / "config.json").read_text())):
         config["auto_map"]["AutoModel"] = "modeling_ngpt.NGPTModel"
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if run.tokenizer is not None:
-        hf_tokenizer(run.tokenizer, run.model.config.context).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(run, model), encoding="utf-8")
+
+
+def _read_template(path: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    """A chat template, tried on a question."""
+    try:
+        template = path.read_text(encoding="utf-8")
+        question = [{"role": "user", "content": "?"}]
+        prompt = tokenizer.apply_chat_template(
+            question, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # Jinja's own, and whatever the template itself brings about
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the chat template {path} can't be used: {type(error).__name__}: {reason}") from None
+    if not str(prompt).strip():
+        raise ValueError(f"the chat template {path} makes an empty prompt of a question; it must write the messages")
+    return template
 
 
 _OF_NGPT = """

@@ -377,7 +377,7 @@ class NGPTModel(NGPTPreTrainedModel):
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_weights = self.config.output_attentions if output_attentions is None else output_attentions
         states, every_weight = [h], []
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # which assisted generation lowers, to exit early
             h, weights = layer(
                 h, attention_mask=mask, position_embeddings=tables, past_key_values=past_key_values, **kwargs
             )

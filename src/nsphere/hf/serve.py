@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 def check_servable(folder: Path) -> None:
     """Raise ValueError for what the server would fail on: a folder that is no export, or packages that are missing."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}; give a transformers folder")
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} is no transformers folder; make one with nsphere export RUN FOLDER")
     if "architectures" not in _read(folder / "config.json"):
@@ -38,6 +41,17 @@ def _read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def _check_free(host: str, port: int) -> None:
+    """Raise ValueError for an address that can't be listened at, which the server sees once the model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            listener.bind(address)
+    except OSError as error:
+        raise ValueError(f"can't listen at {host}:{port} ({error.strerror}); choose another --host or --port") from None
+
+
 def serve(folder: Path, host: str, port: int) -> None:
     """Run `transformers serve FOLDER` until it is interrupted, with nGPT known to it.
 
@@ -46,11 +60,12 @@ def serve(folder: Path, host: str, port: int) -> None:
     would not need it.
 
     Raises:
-        ValueError: see `check_servable`; a port that can't be.
+        ValueError: see `check_servable`; an address that can't be listened at.
     """
     if not 0 < port < 65536:
         raise ValueError(f"--port is {port}; choose one from 1 to 65535")
     check_servable(folder)
+    _check_free(host, port)
     import transformers
     from transformers.cli.transformers import main
 

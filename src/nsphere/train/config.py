@@ -266,6 +266,9 @@ def read_config(run: Path) -> dict[str, Any]:
         ValueError: there is none, it is broken, of transformers, or from a newer version.
     """
     path = run / "config.json"
+    if not run.is_dir():
+        what = "is a file" if run.exists() else "does not exist"
+        raise ValueError(f"{run} {what}; give a run folder, as nsphere train made it")
     if not path.is_file():
         raise ValueError(f"{run} is not a run folder: it has no config.json; give a folder that nsphere train made")
     broken = f"{path} is broken; restore it from a backup, or train the run again"

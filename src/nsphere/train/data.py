@@ -159,6 +159,8 @@ def load_corpus(config: DataConfig, *, cache_dir: Path | None = None) -> Corpus:
 def _kind(data: str) -> Literal["stdlib", "dataset", "tokens", "file", "folder"]:
     if data == "stdlib":
         return "stdlib"
+    if data == "hf:":
+        raise ValueError("data 'hf:' names no dataset; give 'hf:NAME', or 'hf:' and a local folder")
     if data.startswith("hf:"):
         return "dataset"
     path = Path(data)

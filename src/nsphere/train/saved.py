@@ -40,12 +40,14 @@ class SavedRun:
         return fold(self.model, torch.bfloat16 if self.is_bf16 else None)
 
 
-def load_run(path: Path, device: torch.device) -> SavedRun:
+def load_run(path: str | Path, device: torch.device) -> SavedRun:
     """The run of a folder, or of one of its checkpoints (RUN/checkpoints/step-…): newest sound weights, or those.
 
     Raises:
-        ValueError: no run folder, or a checkpoint that is broken, newer, or of another architecture.
+        ValueError: no run folder, a checkpoint that is broken, newer, or of another architecture, or a tokenizer of
+            more tokens than the model has.
     """
+    path = Path(path)
     folder = path.parent.parent if path.parent.name == "checkpoints" else path
     if (folder / "summary.json").exists() and (folder / "arms").is_dir():
         arms = ", ".join(sorted(str(p.parent) for p in folder.glob("arms/*/*/config.json")))
@@ -55,11 +57,11 @@ def load_run(path: Path, device: torch.device) -> SavedRun:
     with torch.random.fork_rng(devices=[]):
         model = make_model(make_config(config["architecture"], **config["model"]))
     checkpoint.restore(model)
-    tokenizer = folder / TOKENIZER_FOLDER
-    return SavedRun(
-        folder,
-        checkpoint.step,
-        config,
-        model.to(device).eval(),
-        load_tokenizer(tokenizer) if tokenizer.is_dir() else None,
-    )
+    kept = folder / TOKENIZER_FOLDER
+    tokenizer = load_tokenizer(kept) if kept.is_dir() else None
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens and a model of {model.config.vocab_size}: it "
+            "is another model's; put the right one into its tokenizer folder"
+        )
+    return SavedRun(folder, checkpoint.step, config, model.to(device).eval(), tokenizer)

@@ -175,6 +175,8 @@ def open_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return ByteTokenizer()
+    if name.startswith("bpe:"):
+        raise ValueError(f"the tokenizer {name!r} is made from the text that is trained on; give the folder it is in")
     if name.startswith("hf:"):
         return _from_transformers(name.removeprefix("hf:"))
     path = Path(name)
