@@ -13,6 +13,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
+HELD = {"pyarrow", "pyparsing"}
+"""What the oldest versions need themselves, and not as new as pip would take it."""
 
 
 def required() -> dict[str, Requirement]:
@@ -37,7 +39,7 @@ def only(requirement: Requirement, operator: str) -> Version:
 def test_the_oldest_versions_are_the_lower_bounds() -> None:
     bounds, oldest = required(), pins("constraints-oldest.txt")
     assert {name: (only(r, ">="), str(r.marker)) for name, r in bounds.items()} == {
-        name: (only(r, "=="), str(r.marker)) for name, r in oldest.items()
+        name: (only(r, "=="), str(r.marker)) for name, r in oldest.items() if name not in HELD
     }
 
 
