@@ -1,14 +1,17 @@
 # `make demo` and `make test` need only Python >= 3.10 with venv, and make. Everything else they install into .venv.
 PYTHON ?= python3
 VENV   ?= .venv
+# which versions: constraints-oldest.txt has the lower bounds, see `make oldest`
+CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint types docs format bench gpu clean help
+.PHONY: demo test oldest lint types docs format bench gpu clean help
 
 help:
 	@echo "make demo    train GPT, GPT + QK-norm and nGPT side by side on the embedded text; write runs/demo/report.html"
 	@echo "make test    lint, types, the docs and every test"
+	@echo "make oldest  every test with the oldest versions that pyproject.toml allows, in an environment of its own"
 	@echo "make docs    the guides and the reference, as pages in docs/_build/html"
 	@echo "make bench   the benchmarks, tables and JSON"
 	@echo "make gpu     on a machine with a GPU: its tests and every benchmark, in nine minutes, into OUT (results/gpu)"
@@ -20,6 +23,11 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.dev lint types docs
 	$(BIN)/python -m pytest -n auto
+
+# not lint and types: an old linter knows other rules
+oldest:
+	$(MAKE) .venv-oldest/.dev VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	.venv-oldest/bin/python -m pytest -n auto
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -51,7 +59,7 @@ gpu:
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --out $(OUT)
 
 clean:
-	rm -rf $(VENV) runs build dist docs/_build
+	rm -rf $(VENV) .venv-oldest runs build dist docs/_build
 
 # A stamp per level of set-up; each is made anew when what is to be installed changes.
 $(VENV)/bin/python:
@@ -59,12 +67,12 @@ $(VENV)/bin/python:
 	@# without Debian's python3-venv this leaves a half-made environment, which must not pass for one next time
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.train: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@echo "installing nsphere and what it needs into $(VENV) (about a minute)"
-	$(PIP) install -c constraints.txt -e '.[train]'
+	$(PIP) install -c $(CONSTRAINTS) -e '.[train]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@echo "installing nsphere and its test tools into $(VENV) (about two minutes)"
-	$(PIP) install -c constraints.txt -e '.[train,hf,docs,dev]'
+	$(PIP) install -c $(CONSTRAINTS) -e '.[train,hf,docs,dev]'
 	@touch $@ $(VENV)/.train

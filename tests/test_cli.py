@@ -267,6 +267,7 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, capsys) -
     monkeypatch.setitem(sys.modules, "tyro", None)  # as where only torch is installed
     said = call(capsys, "families")
     assert said == (2, "", "nsphere families: the package tyro is not installed; pip install 'nsphere[train]'\n")
+    assert call(capsys, "--help")[1].endswith("\nNot installed: tyro; pip install 'nsphere[train]'\n")
 
 
 # norms of the user's own

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import os
 import re
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit code. Bad input is one line on stderr and 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        print(USAGE + _what_is_missing(), end="")
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"nsphere {__version__}")
@@ -56,6 +57,12 @@ def main(argv: list[str] | None = None) -> int:
 
         return _complain(f"unknown command {name!r}; {nearest(name, COMMANDS)}", 2)
     return _run(name, rest)
+
+
+def _what_is_missing() -> str:
+    """A line for whoever installed the library alone: no command but this help runs then."""
+    missing = [name for name, extra in NEEDED.items() if extra == "train" and not importlib.util.find_spec(name)]
+    return f"Not installed: {', '.join(missing)}; pip install 'nsphere[train]'\n" if missing else ""
 
 
 def _run(name: str, rest: list[str]) -> int:
