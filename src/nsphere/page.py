@@ -159,7 +159,8 @@ thead th{font-weight:620;vertical-align:bottom}
 tbody th,thead th:first-child{text-align:left;color:var(--muted);min-width:6.5rem}
 tbody th{position:sticky;left:0;background:var(--paper)}
 td{white-space:nowrap}
-table.words td:last-child{text-align:left;white-space:normal}
+table.words :is(td,thead th):last-child{text-align:left}
+table.words td:last-child{white-space:normal}
 td small{display:block;color:var(--muted);font-size:.8rem;font-weight:400}
 dl{margin:.4rem 0 1rem;max-width:60rem}
 .arms-side{display:grid;gap:1.2rem 3.5rem;grid-template-columns:minmax(0,1fr)}

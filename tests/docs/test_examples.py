@@ -8,9 +8,9 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 SAYS = {
-    "qk_norm_in_your_model.py": "rms: step 2, loss ",
+    "qk_norm_in_your_model.py": "rms, lr 0.003: step 2, loss ",
     "train_ngpt.py": "step 2, loss ",
-    "vit_on_the_hypersphere.py": "on the sphere: ",
+    "vit_on_the_hypersphere.py": "fresh images right: ",
 }
 
 

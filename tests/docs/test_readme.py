@@ -76,7 +76,8 @@ def spread(ratios: list[float]) -> str:
 
 def test_the_ratios_are_those_of_the_results() -> None:
     """A new result in benchmarks/results asks for new numbers in the README."""
-    step, fuse = result("step"), result("fuse")
+    step, fuse, decode = result("step"), result("fuse"), result("decode")["ngpt"]
+    prompt, token = (decode[f"{what}_over_gpt_qknorm"][1] for what in ("prefill", "token"))
 
     def fused(what: str) -> str:
         return spread([r["fused_over_plain"][1] for name, r in fuse.items() if name.startswith(what)])
@@ -84,6 +85,7 @@ def test_the_ratios_are_those_of_the_results() -> None:
     sizes = [f"{step[f'{size} compiled']['ngpt']['over_gpt-qknorm'][1]:.2f}×" for size in ("demo", "d512")]
     expected = {
         "nsphere bench step": f"{sizes[0]} (d 256), {sizes[1]} (d 512)",
+        "nsphere bench decode": f"prompt {prompt:.2f}×, each token {token:.2f}×",
         "benchmarks/qk.py": spread([kind["ratio_quartiles"]["torch.compile"][1] for kind in result("qk")["kinds"]]),
         "benchmarks/fuse.py": f"training {fused('step')}, generation {fused('generation')}",
     }

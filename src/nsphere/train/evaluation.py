@@ -45,8 +45,7 @@ def loss_by_context(
 ) -> list[ContextLoss]:
     """The mean loss over windows of each length, laid side by side and spread evenly over the split.
 
-    Beyond the context that the model was trained at this is length extrapolation, which nGPT needs no change for
-    (arXiv 2410.01131, figure 13).
+    Beyond the context that the model was trained at this is length extrapolation, as in arXiv 2410.01131, figure 13.
 
     Args:
         model: in the autocast that is on, if any.
