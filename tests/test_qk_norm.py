@@ -1,4 +1,5 @@
 import copy
+import math
 import warnings
 
 import pytest
@@ -439,6 +440,11 @@ def test_softmax_scale_belongs_to_the_norm():
         assert qk.softmax_scale == pytest.approx(1 / 8)
     with pytest.raises(ValueError, match='softmax_scale is a number, None or "rsqrt"'):
         QKNorm("l2", head_dim=64, softmax_scale="sqrt")
+    for scale in (-1, 0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"QKNorm got softmax_scale={scale}; give a positive number"):
+            QKNorm("rms", head_dim=64, softmax_scale=scale)
+    with pytest.raises(TypeError, match="QKNorm got rope='half'; give a RopeSpec"):
+        QKNorm("rms", head_dim=64, rope="half")
 
 
 @pytest.mark.parametrize("kind", ["l2", "rms", "layer"])

@@ -6,6 +6,7 @@ Shape legend: x is [..., D], or [..., H, D] where weights differ per head; D is 
 import abc
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
@@ -472,6 +473,11 @@ def _check_choices(owner: str, spec: NormSpec) -> None:
         value, choices = getattr(spec, field), get_args(alias)
         if value not in choices:
             raise ValueError(f"{owner} got {field}={value!r}; choose from {', '.join(map(repr, choices))}")
+    for field in ("bias", "zero_centered", "promote"):
+        if not isinstance(value := getattr(spec, field), bool):
+            raise ValueError(f"{owner} got {field}={value!r}; give True or False")
+    if not (isinstance(spec.scale, int | float) and math.isfinite(spec.scale)):
+        raise ValueError(f"{owner} got scale={spec.scale!r}; give a number")
     torch_place = "clamp" if spec.statistic == "l2" else "inside"
     if spec.weight_cast == "torch" and spec.eps_place != torch_place and spec.eps != 0:
         raise ValueError(

@@ -154,7 +154,7 @@ class QKNorm(nn.Module):
 
     Raises:
         ValueError: for a width, head count or choice that does not fit.
-        TypeError: for a multiplier that is nothing of the above.
+        TypeError: for a multiplier that is nothing of the above, or a rope that is no RopeSpec.
         RuntimeError: for a backend that cannot run.
     """
 
@@ -187,6 +187,8 @@ class QKNorm(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"QKNorm got {name}={value!r}; choose from {', '.join(map(repr, allowed))}")
+        if rope is not None and not isinstance(rope, RopeSpec):
+            raise TypeError(f"QKNorm got rope={rope!r}; give a RopeSpec, which says what turns, or None")
         if rope is not None and rope.dim > head_dim:
             raise ValueError(f"RopeSpec.dim={rope.dim} is more than head_dim={head_dim}; rotate at most those")
         if multiplier_place == "before_rope" and place == "after":
@@ -260,6 +262,8 @@ class QKNorm(nn.Module):
             if asked != "rsqrt":
                 raise ValueError(f'softmax_scale is a number, None or "rsqrt"; got {asked!r}')
             return plain
+        if not (_is_number(asked) and 0 < asked < math.inf):
+            raise ValueError(f'QKNorm got softmax_scale={asked!r}; give a positive number, None or "rsqrt"')
         if unit and self.multiplier is None and math.isclose(asked, plain, rel_tol=1e-6):
             warnings.warn(
                 "a unit norm with softmax scale 1/√D keeps every logit within ±1/√D: attention is nearly "

@@ -93,6 +93,17 @@ class NGPTConfig(PreTrainedConfig):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
+        for name, count in (
+            ("vocab_size", vocab_size),
+            ("hidden_size", hidden_size),
+            ("intermediate_size", intermediate_size),
+            ("num_hidden_layers", num_hidden_layers),
+            ("num_attention_heads", num_attention_heads),
+            ("num_key_value_heads", num_key_value_heads),
+            ("max_position_embeddings", max_position_embeddings),
+        ):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         scale = 1 / math.sqrt(hidden_size)
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
         self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
@@ -115,6 +126,10 @@ class NGPTConfig(PreTrainedConfig):
         for name in ("eigen_lr", "s_qk", "s_uv", "s_z"):
             if getattr(self, name) not in ("vector", "scalar", "fixed"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose vector, scalar or fixed")
+        scales = [f"{name}_{part}" for name in ("eigen_lr", "s_qk", "s_uv", "s_z") for part in ("init", "scale")]
+        for name in ("rope_theta", "softmax_scale", *scales):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; the rotary embedding turns pairs, choose an even number")
         if self.num_attention_heads % self.num_key_value_heads:
