@@ -286,7 +286,10 @@ def test_a_text_ends_at_the_separator() -> None:
         ({"prompts": "ab"}, "prompts is a list of texts, got 'ab'"),
         ({"stop": "ab"}, "stop is a list of texts, got 'ab'"),
         ({"tokenizer": None}, "the tokenizer is that of the run, got a NoneType"),
-        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number of at least 0, got -1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number of at least 0, got 1.5"),
+        ({"sampling": 0.0}, "sampling is a Sampling, got 0.0; give Sampling"),
+        ({"cache_dtype": 8}, "a cache of 8 is not supported; give a floating dtype"),
         ({"cache_dtype": "int4"}, "a cache of 'int4' is not supported; choose"),
         ({"cache_dtype": torch.int8}, "a cache of torch.int8 is not supported; give a floating dtype"),
         ({"prompts": ["x" * 32]}, "has 32 tokens, the model's context is 32"),
@@ -307,6 +310,19 @@ def test_a_cache_goes_by_its_name_too() -> None:
     for prompt in ("abc", [1.5], torch.ones(1, 3, dtype=torch.long)):
         with pytest.raises(ValueError, match="a prompt is a sequence of token numbers"):
             next(generate(model, prompt, 3))
+    with pytest.raises(ValueError, match="sampling is a Sampling, got 0.0; give Sampling"):
+        next(generate(model, [3], 3, 0.0))
+    with pytest.raises(ValueError, match="max_new_tokens must be a whole number of at least 0, got 2.5"):
+        next(generate(model, [3], 2.5))
+    greedy = Sampling(0.0)
+    assert list(generate(model, torch.tensor([3, 1]), 9, greedy)) == list(generate(model, [3, 1], 9, greedy))
+
+
+@pytest.mark.parametrize("tokens", [torch.ones(2, 3), torch.ones(3, dtype=torch.long), torch.ones(1, 3) > 0])
+def test_what_is_no_row_of_tokens(tokens) -> None:
+    for call in (make(), make("gpt").forward):
+        with pytest.raises(ValueError, match=r"tokens are int64 \[B, T\], got torch"):
+            call(tokens)
 
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], [1] * 16], [[31]]])

@@ -5,6 +5,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -80,7 +81,7 @@ class _Row:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.seen = list(request.prompt)
+        self.seen = [int(token) for token in request.prompt]
         self.num_cached = 0
         self.num_drawn = 0
         self.going = request.max_new_tokens > 0
@@ -221,14 +222,20 @@ def _check(request: Request, model: Decoder) -> None:
         raise ValueError(
             f"a prompt is a sequence of token numbers, got {request.prompt!r:.80}; encode a text first"
         ) from None
-    if request.max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {request.max_new_tokens}")
+    if not isinstance(request.max_new_tokens, Integral) or request.max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {request.max_new_tokens!r}")
+    _check_sampling(request.sampling)
     if not prompt:
         raise ValueError("the prompt is empty; give at least one token, such as the document separator")
     if len(prompt) >= context:
         raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context is {context}; shorten the prompt")
     if not all(0 <= token < vocab_size for token in prompt):
         raise ValueError(f"the prompt has tokens outside the vocabulary of {vocab_size}; is it another tokenizer's?")
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling is a Sampling, got {sampling!r:.80}; give Sampling(temperature=…)")
 
 
 def generate(
@@ -241,7 +248,7 @@ def generate(
     compile: bool = False,
 ) -> Iterator[int]:
     """Continue one prompt, yielding each token as it is drawn; see `Generation`."""
-    request = Request(prompt, max_new_tokens, sampling or Sampling())
+    request = Request(prompt, max_new_tokens, Sampling() if sampling is None else sampling)
     for tokens in Generation(model, [request], cache_dtype=cache_dtype, compile=compile):
         yield tokens[0]
 
@@ -348,7 +355,8 @@ def generate_texts(
             raise ValueError(f"{name} is a list of texts, got {texts!r:.80}; put it into a list")
     if not hasattr(tokenizer, "encode") or not hasattr(tokenizer, "separator_id"):
         raise ValueError(f"the tokenizer is that of the run, got a {type(tokenizer).__name__}")
-    sampling = sampling or Sampling()
+    sampling = Sampling() if sampling is None else sampling
+    _check_sampling(sampling)
     ends = frozenset({tokenizer.separator_id} if stop_at_separator and tokenizer.separator_id is not None else ())
     requests = [
         Request(tokenizer.encode(prompt), max_new_tokens, dataclasses.replace(sampling, seed=sampling.seed + i), ends)

@@ -164,7 +164,7 @@ class KVCache:
     ) -> None:
         if isinstance(dtype, str):
             dtype = cache_dtype(dtype)
-        elif not dtype.is_floating_point:
+        elif not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f'a cache of {dtype} is not supported; give a floating dtype, "int8" or "fp8"')
         self.max_tokens, self.grow, self.end = max_tokens, grow, 0
         shape = (batch_size, min(max_tokens, 64) if grow else max_tokens, num_kv_heads, head_dim)

@@ -271,6 +271,8 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
     ) -> Tensor:
         """Tokens [B, T] → what the last block returns [B, T, d], before `final_norm`; see `forward`."""
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens are int64 [B, T], got {tokens.dtype} {list(tokens.shape)}")
         num_tokens = end = tokens.shape[1]
         mask = None
         if positions is not None and cache is None:
@@ -313,6 +315,10 @@ class Decoder(nn.Module):
             cache: of earlier tokens, for generation; see `make_cache`.
             positions: int64 [B, T], where the tokens stand in their rows of the cache, each before `cache.end`. If
                 not given they follow what the cache holds, the same for every row.
+
+        Raises:
+            ValueError: tokens of another kind, more of them than the model or the cache has positions for, or arguments
+                that exclude each other.
         """
         h = self.final_norm(self.hidden(tokens, document_ids, cache, positions))
         return F.linear(h, self.output_weight())
