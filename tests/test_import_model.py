@@ -94,6 +94,8 @@ def test_foreign_folders_and_files(tmp_path, capsys, run):
     refused(run.folder, "is a run folder of nsphere already")
     exported = tmp_path / "whole.safetensors"
     assert call(capsys, "export", run.folder, exported, "--to", "safetensors")[0] == 0
+    code = call(capsys, "import", exported, tmp_path / ("x" * 300))
+    assert_refused(code, "can't be written: its name is too long; choose a shorter one")
     refused(exported, "is made from the text that is trained on; give the folder", "--tokenizer", "bpe:300")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')

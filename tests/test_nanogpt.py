@@ -133,8 +133,18 @@ def test_names_there_and_back():
         assert config_of(back, model.config.num_heads, gelu=model.config.gelu, init_std=0.3) == model.config
         assert back.keys() == model.state_dict().keys()
         assert all(torch.equal(t, back[name]) for name, t in model.state_dict().items())
-    with pytest.raises(ValueError, match=r"'transformer.h.0.attn.q_norm.weight' is no parameter of nanoGPT"):
-        from_nanogpt_state_dict({"transformer.h.0.attn.q_norm.weight": torch.ones(2)})
+    for name, tensor, message in (
+        ("attn.q_norm.weight", torch.ones(2), "'transformer.h.0.attn.q_norm.weight' is no parameter of nanoGPT"),
+        ("attn.c_attn.bias", torch.ones(4), "'transformer.h.0.attn.c_attn.bias' has 4 rows, which are no q, k and v"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_nanogpt_state_dict({f"transformer.h.0.{name}": tensor})
+    for fields, message in (
+        ({"qk_norm": "rms"}, "nanoGPT has no qk_norm 'rms'; it can't hold this model"),
+        ({"num_kv_heads": 1, "head_dim": 6}, "no num_kv_heads 1 of 3 heads and no heads of 6 in a d_model of 12"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            to_nanogpt_state_dict(make(**fields))
 
 
 def test_a_qk_norm_and_grouped_heads_can_be_had():
@@ -427,6 +437,9 @@ def test_checkpoints_that_are_no_nanogpt(tmp_path, capsys):
 
     refused(capsys, saved(), out, "nanoGPT has no option 'gelu=new' that matters here; known: gelu=exact, gelu=tanh",
             "--option", "gelu=new")  # fmt: skip
+    refused(capsys, saved(), out, "--option gelu=exact and --option gelu=tanh exclude each other; give one",
+            "--option", "gelu=exact", "--option", "gelu=tanh")  # fmt: skip
+    refused(capsys, saved(model_args=[3]), out, "does not say its number of heads; give --num-heads")
     refused(capsys, saved(), out, "--num-heads is 2, and", "--num-heads", 2)
     for change, message in (
         ({"model": without("h.1.ln_2")}, "Missing key(s) in state_dict: \"blocks.1.mlp_norm"),

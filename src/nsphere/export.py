@@ -1,6 +1,7 @@
 """A trained model for other tools: a transformers folder, one safetensors file, a torch.export program, ONNX."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -55,7 +56,7 @@ def export(run: SavedRun, out: Path, to: str, chat_template: Path | None = None)
         raise ValueError(f"there is no export to {to!r}; choose {', '.join(SUFFIXES)}")
     if SUFFIXES[to] and out.suffix != SUFFIXES[to]:
         raise ValueError(f"{out} does not end in {SUFFIXES[to]}, as a file of --to {to} does; name it so")
-    if out.exists():
+    if os.path.exists(out):  # a name that is too long is said by new_folder
         raise ValueError(f"{out} is there already; remove it, or choose another name")
     if chat_template is not None and to != "hf":
         raise ValueError(f"a chat template belongs to a transformers folder, not to --to {to}; leave it out")
@@ -78,10 +79,15 @@ def export(run: SavedRun, out: Path, to: str, chat_template: Path | None = None)
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` that becomes it once all is written, and is removed if something fails."""
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         raise ValueError(f"{out} can't be written: there is no folder {out.parent}; make it, or choose another name")
     folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    folder.mkdir()
+    try:
+        folder.mkdir()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"{out} can't be written: its name is too long; choose a shorter one") from None
+        raise
     try:
         yield folder
         for path in folder.rglob("*"):

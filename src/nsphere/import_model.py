@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from nsphere.train.checkpoint import save_checkpoint
 from nsphere.train.config import SCHEMA_VERSION
 from nsphere.train.data import DataConfig
 from nsphere.train.files import atomic_write_json
-from nsphere.train.loop import TOKENIZER_FOLDER
 from nsphere.train.model_state import some
+from nsphere.train.run_folder import TOKENIZER_FOLDER
 from nsphere.train.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, open_tokenizer
 
 
@@ -67,7 +68,7 @@ def import_model(
         ValueError: something is there already, the source says otherwise, or it can't be read as any of these, with
             the reason.
     """
-    if out.exists():
+    if os.path.exists(out):
         raise ValueError(f"{out} is there already; remove it, or choose another name")
     if source.is_dir():
         found = _from_folder(source)
@@ -253,7 +254,7 @@ def _from_checkpoint(path: Path, num_heads: int | None, context: int | None, opt
     if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
         raise ValueError(f"{path} holds no state dict: names and tensors, by themselves or as its 'model'")
     said = content.get("model_args") or content.get("config") or {}
-    said = said if isinstance(said, dict) else vars(said)
+    said = said if isinstance(said, dict) else getattr(said, "__dict__", {})
     names = {re.sub(r"^((_orig_mod|module)\.)+", "", name) for name in state}
     if "token_embed.linear.parametrizations.weight.original" in names or "token_embed.linear.weight" in names:
         if context is None:
@@ -306,6 +307,8 @@ def _from_nanogpt(
     known = {"gelu=exact": "exact", "gelu=tanh": "tanh"}
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"nanoGPT has no option {unknown[0]!r} that matters here; known: {', '.join(known)}")
+    if len(set(options)) > 1:
+        raise ValueError(f"--option {' and --option '.join(options)} exclude each other; give one")
     if (num_heads := said.get("n_head", num_heads)) is None:
         raise ValueError(f"{path} does not say its number of heads; give --num-heads")
     ours = from_nanogpt_state_dict(state)

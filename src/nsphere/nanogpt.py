@@ -133,7 +133,7 @@ def from_nanogpt_state_dict(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     The head is left out where it is the embedding, and so are the masks that older versions kept as `attn.bias`.
 
     Raises:
-        ValueError: a name that nanoGPT does not have.
+        ValueError: a name that nanoGPT does not have, or rows that are no q, k and v.
     """
     ours: dict[str, Tensor] = {}
     for full_name, tensor in theirs.items():
@@ -145,6 +145,8 @@ def from_nanogpt_state_dict(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         elif block and (module := _MODULES.get(block[2])):
             ours[f"blocks{block[1][1:]}.{module}.{block[3]}"] = tensor
         elif block and block[2] == "attn.c_attn":
+            if len(tensor) % 3:
+                raise ValueError(f"{full_name!r} has {len(tensor)} rows, which are no q, k and v of one width each")
             for module, part in zip(_PACKED, tensor.chunk(3), strict=True):
                 ours[f"blocks{block[1][1:]}.{module}.{block[3]}"] = part
         elif not re.fullmatch(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", name):
@@ -154,12 +156,30 @@ def from_nanogpt_state_dict(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
+def not_in_nanogpt(config: GPTConfig) -> list[str]:
+    """What a config of convention nanogpt asks for, and neither nanoGPT nor GPT-2 has."""
+    width = config.num_heads * config.head_dim
+    against = {
+        f"qk_norm {config.qk_norm!r}": config.qk_norm != "none",
+        f"num_kv_heads {config.num_kv_heads} of {config.num_heads} heads": config.num_kv_heads != config.num_heads,
+        f"heads of {config.head_dim} in a d_model of {config.d_model}": width != config.d_model,
+    }
+    return [what for what, there in against.items() if there]
+
+
 def to_nanogpt_state_dict(model: NanoGPT) -> dict[str, Tensor]:
-    """The reverse: a model's parameters under nanoGPT's names, the head among them."""
+    """The reverse: a model's parameters under nanoGPT's names, the head among them.
+
+    Raises:
+        ValueError: what nanoGPT does not have, see `not_in_nanogpt`.
+    """
+    config = model.config
+    if faults := not_in_nanogpt(config):
+        raise ValueError(f"nanoGPT has no {' and no '.join(faults)}; it can't hold this model")
     ours = {name: p.detach() for name, p in model.named_parameters()}
     theirs = {there: ours[here] for there, here in _TOP.items() if here in ours}
     theirs["lm_head.weight"] = model.output_weight().detach()
-    for i in range(model.config.num_layers):
+    for i in range(config.num_layers):
         for kind in ("weight", "bias"):
             at = f"blocks.{i}"
             for there, here in _MODULES.items():

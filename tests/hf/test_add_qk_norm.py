@@ -383,6 +383,11 @@ def test_what_is_not_whole_is_not_loaded(tmp_path):
     save_file(tensors, weights, {"format": "pt"})
     assert torch.equal(logits(hf.load(tmp_path).eval()), logits(model))
     said = json.loads(config.read_text())
+    for architectures, named in ((None, "no architecture"), (["Lama"], "Lama")):
+        config.write_text(json.dumps(said | {"architectures": architectures}))
+        with pytest.raises(ValueError, match=f"is of {named}, which is no class of transformers; give cls="):
+            hf.load(tmp_path)
+        assert torch.equal(logits(hf.load(tmp_path, type(model)).eval()), logits(model))
     config.write_text(json.dumps(said | {"nsphere_qk_norm": {"norm": "rms"}}))
     with pytest.raises(ValueError, match="is not whole: nsphere_qk_norm in its config.json must hold norm, place"):
         hf.load(tmp_path)

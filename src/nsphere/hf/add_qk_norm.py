@@ -192,7 +192,9 @@ def load(path: Any, cls: Any = None, **from_pretrained: Any) -> Any:
     parts = ("norm", "place", "options", "attentions")
     if not isinstance(description, Mapping) or not all(part in description for part in parts):
         raise ValueError(f"{path} is not whole: {_CONFIG_FIELD} in its config.json must hold {', '.join(parts)}")
-    cls = cls or getattr(transformers, config.architectures[0])
+    named = (config.architectures or ["no architecture"])[0]
+    if cls is None and (cls := getattr(transformers, named, None)) is None:
+        raise ValueError(f"{path} is of {named}, which is no class of transformers; give cls=, the model's class")
 
     def with_norms(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)

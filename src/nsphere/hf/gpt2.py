@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nsphere.gpt import GPTConfig
 from nsphere.layers import Decoder
-from nsphere.nanogpt import NanoGPT, config_of, from_nanogpt_state_dict, to_nanogpt_state_dict
+from nsphere.nanogpt import NanoGPT, config_of, from_nanogpt_state_dict, not_in_nanogpt, to_nanogpt_state_dict
 from nsphere.presets import make_model
 
 _GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
@@ -24,13 +24,7 @@ def gpt2_config(config: GPTConfig) -> GPT2Config:
     Raises:
         ValueError: heads or a QK-norm that GPT-2 does not have.
     """
-    against = {
-        f"qk_norm {config.qk_norm!r}": config.qk_norm != "none",
-        f"num_kv_heads {config.num_kv_heads} of {config.num_heads} heads": config.num_kv_heads != config.num_heads,
-        f"heads of {config.head_dim} in a d_model of {config.d_model}": config.num_heads * config.head_dim
-        != config.d_model,
-    }
-    if faults := [what for what, there in against.items() if there]:
+    if faults := not_in_nanogpt(config):
         raise ValueError(
             f"transformers' GPT-2 has no {' and no '.join(faults)}; export it as safetensors, torch-export or onnx"
         )
