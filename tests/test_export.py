@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -44,6 +45,8 @@ def test_what_is_refused_before_anything_is_written(run, tmp_path, capsys):
         ((run.folder, tmp_path / "x", "--to", "onnx"), "does not end in .onnx, as a file of --to onnx does"),
         ((run.folder, tmp_path / "there"), "is there already; remove it, or choose another name"),
         ((run.folder, tmp_path / "no" / "x"), "there is no folder"),
+        ((run.folder, tmp_path / ("x" * 300)), "can't be written: its name is too long; choose a shorter one"),
+        ((run.folder, tmp_path / f"{'x' * 238}.pt2", "--to", "torch-export"), "its name is too long"),
         ((tmp_path / "there", tmp_path / "x"), "is not a run folder"),
         ((run.folder, tmp_path / "x", "--to", "gguf"), "'gguf'.*choose hf, onnx, safetensors, torch-export"),
     ):
@@ -134,6 +137,30 @@ made = model.generate(**inputs, max_new_tokens=10, do_sample=False)
 print(json.dumps({"class": type(model).__name__, "tokens": inputs.input_ids[0].tolist(), "made": made[0].tolist(),
     "loaded": sorted(m for m in sys.modules if m == "nsphere" or m.startswith("nsphere."))}))
 """
+
+
+@torch.no_grad()
+def test_eval_says_what_transformers_computes_from_the_export(run, tmp_path, capsys):
+    """Windows, tokens and bytes of the validation text, the last twentieth from a line's start, are counted here."""
+    transformers = pytest.importorskip("transformers")
+    assert call(capsys, "export", run.folder, tmp_path / "x")[0] == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x", trust_remote_code=True).double()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "x", trust_remote_code=True)
+    text = Path(run.config["data"]["data"]).read_bytes()
+    text = text[text.index(b"\n", round(0.95 * len(text))) + 1 :]
+    tokens = torch.tensor(tokenizer(text.decode()).input_ids)
+    flags = ("--contexts", 8, 16, 32, "--out", tmp_path / "e.json", "--device", "cpu")
+    assert call(capsys, "eval", run.folder, *flags)[0] == 0
+    found = json.loads((tmp_path / "e.json").read_text())["results"]
+    assert [f["context"] for f in found] == [8, 16, 32]
+    for f in found:
+        count = (len(tokens) - 1) // f["context"] * f["context"]
+        inputs, targets = (part.view(-1, f["context"]) for part in (tokens[:count], tokens[1 : count + 1]))
+        loss = torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten()).item()
+        assert f["num_tokens"] == count > len(tokens) - 33
+        assert f["loss"] == pytest.approx(loss, rel=1e-6)
+        assert f["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+        assert f["bits_per_byte"] == pytest.approx(loss / math.log(2) * len(tokens) / len(text), rel=1e-6)
 
 
 def test_the_folder_loads_without_nsphere_and_continues_token_for_token(run, tmp_path, capsys):

@@ -343,8 +343,6 @@ def _inspect(argv: list[str]) -> None:
 
 
 def _eval(argv: list[str]) -> None:
-    import dataclasses
-
     import tyro
 
     from nsphere.table import text_table
@@ -352,6 +350,7 @@ def _eval(argv: list[str]) -> None:
     from nsphere.train.evaluation import loss_by_context, usual_contexts
     from nsphere.train.files import atomic_write_json
     from nsphere.train.machine import choose_device
+    from nsphere.train.run_folder import TOKENIZER_FOLDER
     from nsphere.train.saved import load_run
     from nsphere.train.token_cache import data_cache
 
@@ -364,7 +363,8 @@ def _eval(argv: list[str]) -> None:
         data: str | None = None
         """Other data than the run's, as of nsphere train; its validation part is used, with the run's tokenizer."""
         contexts: tuple[int, ...] = ()
-        """Lengths to evaluate at; if not given from a quarter of the trained context to four times it."""
+        """Lengths to evaluate at; if not given from a quarter of the trained context to four times it, where the model
+        has such positions."""
         num_tokens: int | None = 262_144
         """How many tokens to predict at each length, about; None for all."""
         out: Path | None = None
@@ -381,7 +381,7 @@ def _eval(argv: list[str]) -> None:
     run = load_run(args.run, choose_device(args.device))
     config = DataConfig(**run.config["data"])
     if args.data is not None:
-        own = run.folder / "tokenizer"
+        own = run.folder / TOKENIZER_FOLDER
         config = DataConfig(data=args.data, tokenizer=str(own) if own.is_dir() else config.tokenizer)
     corpus = load_corpus(config, cache_dir=data_cache())
     if corpus.vocab_size > run.model.config.vocab_size:
