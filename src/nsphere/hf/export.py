@@ -21,8 +21,8 @@ def write_folder(
     """Write the model, its tokenizer if it has one, and a model card into an empty folder.
 
     Of nGPT the folder holds modeling_ngpt.py, which needs torch and transformers alone: with trust_remote_code=True it
-    loads anywhere; where nsphere is installed, after `import nsphere.hf`, without that flag. GPT is a Llama or Qwen3,
-    which transformers has.
+    loads anywhere; where nsphere is installed, after `import nsphere.hf`, without that flag. GPT is a Llama, Qwen3 or
+    GPT-2, which transformers has.
 
     Args:
         run: from `load_run`.

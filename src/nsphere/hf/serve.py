@@ -56,8 +56,8 @@ def serve(folder: Path, host: str, port: int) -> None:
     """Run `transformers serve FOLDER` until it is interrupted, with nGPT known to it.
 
     The server looks the class of a model up in the namespace of transformers itself (5.0 to 5.23), whatever a folder
-    ships and --trust-remote-code says. So an nGPT is put there, in this process; a GPT, which is a Llama or Qwen3,
-    would not need it.
+    ships and --trust-remote-code says. So an nGPT is put there, in this process; a GPT, which is a Llama, Qwen3 or
+    GPT-2, would not need it.
 
     Raises:
         ValueError: see `check_servable`; an address that can't be listened at.

@@ -9,9 +9,9 @@ from filelock import FileLock, Timeout
 def remove_unwritten_libraries() -> list[Path]:
     """Remove libraries whose compiler was killed, so that they are built again; the paths of what was removed.
 
-    torch builds each library in its place and then trusts that it is there. A linker writes the header last: what it
-    leaves when it is killed is empty (29 of 34 kills) or has zeros there (4; one lacked its build id alone), and every
-    later start would fail on it. What another process is building now is left to it: torch holds a lock on it.
+    torch builds each library in its place and then trusts that it is there. What a killed linker left here was empty
+    (29 of 34 kills) or had zeros for a header (4; one seemed to lack its build id alone, and such a file is kept), and
+    every later start would fail on it. What another process is building now is left to it: torch holds a lock on it.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
