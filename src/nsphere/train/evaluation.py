@@ -45,7 +45,7 @@ def loss_by_context(
 ) -> list[ContextLoss]:
     """The mean loss over windows of each length, laid side by side and spread evenly over the split.
 
-    Beyond the context that the model was trained at this is length extrapolation, as in arXiv 2410.01131, figure 13.
+    Beyond the context that the model was trained at this is length extrapolation (nGPT's paper measures it too).
 
     Args:
         model: in the autocast that is on, if any.
