@@ -323,6 +323,9 @@ def test_what_is_no_row_of_tokens(tokens) -> None:
     for call in (make(), make("gpt").forward):
         with pytest.raises(ValueError, match=r"tokens are int64 \[B, T\], got torch"):
             call(tokens)
+    row = torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"tokens are \[1, 3\] and targets \[1, 4\]"):
+        make().loss(row, torch.ones(1, 4, dtype=torch.long))
 
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], [1] * 16], [[31]]])

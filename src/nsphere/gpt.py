@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nsphere.kv_cache import Slots
-from nsphere.layers import Attention, Decoder, DecoderConfig, RopeTables, SwiGLU, check_positive
+from nsphere.layers import Attention, Decoder, DecoderConfig, RopeTables, SwiGLU, check_positive, check_truth
 from nsphere.norms import make_norm
 from nsphere.ops.embedding import embedding
 from nsphere.qk_norm import QKNorm
@@ -47,6 +47,7 @@ class GPTConfig(DecoderConfig):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         check_positive(self, "norm_eps", "init_std")
+        check_truth(self, "tied", "bias")
         if self.gelu not in ("exact", "tanh"):
             raise ValueError(f"gelu is {self.gelu!r}; choose exact or tanh")
         if not nanogpt and (self.bias or self.gelu != "exact"):

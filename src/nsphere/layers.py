@@ -7,6 +7,7 @@ import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +50,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "d_model", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            _check_count(name, getattr(self, name))
         if self.head_dim is None:
             if self.d_model % self.num_heads:
                 raise ValueError(
@@ -62,17 +62,15 @@ class DecoderConfig:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.d_mlp is None:
             object.__setattr__(self, "d_mlp", 4 * self.d_model)
-        if self.head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, got {self.head_dim}")
+        for name in ("num_kv_heads", "head_dim", "d_mlp"):
+            _check_count(name, getattr(self, name))
         if self.has_rope and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; the rotary embedding turns pairs, choose an even one")
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+        if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}; "
                 "each key/value head serves the same number of query heads"
             )
-        if self.d_mlp < 1:
-            raise ValueError(f"d_mlp must be at least 1, got {self.d_mlp}")
         check_positive(self, "rope_base")
         known = typing.get_args(typing.get_type_hints(type(self))["convention"])
         if known and self.convention not in known:
@@ -89,12 +87,26 @@ class DecoderConfig:
         return self.convention != "nanogpt"
 
 
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, Integral):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_truth(config: object, *names: str) -> None:
+    """Raise ValueError for the first field that is neither True nor False."""
+    for name in names:
+        if not isinstance(value := getattr(config, name), bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def check_positive(config: object, *names: str) -> None:
     """Raise ValueError for the first field that is not a positive finite number."""
     for name in names:
         value = getattr(config, name)
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be a positive number, got {value}")
+        if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 class Attention(nn.Module):
@@ -325,6 +337,8 @@ class Decoder(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats per token, fp32 []; targets int64 [B, T], -100 where none."""
+        if targets.shape != tokens.shape:
+            raise ValueError(f"tokens are {list(tokens.shape)} and targets {list(targets.shape)}; give each its target")
         return self.hidden_loss(self.hidden(tokens, document_ids), targets)
 
     def hidden_loss(self, h: Tensor, targets: Tensor) -> Tensor:

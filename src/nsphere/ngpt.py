@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nsphere.hypersphere import Projection, Scale, ScaleKind, SphereEmbedding, SphereLinear
 from nsphere.kv_cache import Slots
-from nsphere.layers import Attention, Decoder, DecoderConfig, RopeTables, SwiGLU, check_positive
+from nsphere.layers import Attention, Decoder, DecoderConfig, RopeTables, SwiGLU, check_positive, check_truth
 from nsphere.norms import L2Norm
 from nsphere.ops.normalized_update import normalized_update
 from nsphere.qk_norm import QKNorm
@@ -74,6 +74,7 @@ class NGPTConfig(DecoderConfig):
         if self.softmax_scale is None:
             object.__setattr__(self, "softmax_scale", math.sqrt(self.head_dim))
         check_positive(self, "softmax_scale")
+        check_truth(self, "qk_norm")
         if self.projection not in ("step", "forward"):
             raise ValueError(f"projection is {self.projection!r}; choose step or forward")
         if self.convention == "nvidia" and not self.qk_norm:

@@ -379,6 +379,7 @@ def test_a_fresh_model_is_on_the_sphere_and_loading_leaves_every_bit(tmp_path):
         ({"s_qk": "matrix"}, "choose vector, scalar or fixed"),
         ({"hidden_size": 20, "num_attention_heads": 4}, "head_dim is 5; .* choose an even number"),
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"num_attention_heads": 3}, "hidden_size 256 is not divisible by num_attention_heads 3; choose a divisor"),
         ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1, got 0"),
         ({"softmax_scale": -1}, "softmax_scale must be a positive number, got -1"),
         ({"s_z_scale": 0.0}, "s_z_scale must be a positive number, got 0.0"),

@@ -142,13 +142,14 @@ def test_what_cannot_be_served_is_one_line(run, tmp_path, capsys):
         (weights, weights.read_bytes()[:-100], "is not whole: model.safetensors can't be read"),
         (config, config.read_bytes()[:100], "is not whole: config.json can't be read"),
         (config, b"[]", "its config.json names no architectures"),
+        (weights.with_name("model.safetensors.index.json"), b"{}", "model.safetensors.index.json names no weights"),
     ):
-        whole = path.read_bytes()
+        whole = path.read_bytes() if path.exists() else None
         path.write_bytes(half)
         assert cli.main(["serve", str(tmp_path / "x")]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
-        path.write_bytes(whole)
+        path.unlink() if whole is None else path.write_bytes(whole)
     assert cli.main(["serve", str(tmp_path / "x"), "--port", "99999"]) == 2
     assert "--port is 99999; choose one from 1 to 65535" in capsys.readouterr().err
     (tmp_path / "x" / "tokenizer.json").unlink()

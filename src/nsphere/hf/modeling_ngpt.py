@@ -104,6 +104,11 @@ class NGPTConfig(PreTrainedConfig):
         ):
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
+        if head_dim is None and hidden_size % num_attention_heads:
+            raise ValueError(
+                f"hidden_size {hidden_size} is not divisible by num_attention_heads {num_attention_heads}; choose a "
+                "divisor, or give head_dim"
+            )
         scale = 1 / math.sqrt(hidden_size)
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
         self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size

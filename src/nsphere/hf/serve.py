@@ -21,8 +21,10 @@ def check_servable(folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} has no tokenizer, so text can't be served from it")
     index = folder / "model.safetensors.index.json"
-    shards = set(_read(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    for name in sorted(shards):
+    parts = _read(index).get("weight_map") if index.is_file() else {"all": "model.safetensors"}
+    if not parts:
+        raise ValueError(f"{folder} is not whole: {index.name} names no weights; export it again")
+    for name in sorted(set(parts.values())):
         try:
             with safe_open(folder / name, "pt"):  # which sees whether the file is as long as it says
                 pass
