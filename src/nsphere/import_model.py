@@ -23,8 +23,8 @@ from nsphere.train.checkpoint import save_checkpoint
 from nsphere.train.config import SCHEMA_VERSION
 from nsphere.train.data import DataConfig
 from nsphere.train.files import atomic_write_json
-from nsphere.train.loop import TOKENIZER_FOLDER
 from nsphere.train.model_state import some
+from nsphere.train.run_folder import TOKENIZER_FOLDER
 from nsphere.train.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, open_tokenizer
 
 
