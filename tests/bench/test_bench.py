@@ -117,6 +117,8 @@ def test_bad_input_is_one_line_and_2(capsys):
     assert main(["bench"]) == 2
     assert main(["bench", "step", "--rounds", "x"]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+    assert main(["bench", "decode", "--size", "demo", "--new-tokens", "0"]) == 2
+    assert capsys.readouterr().err == "nsphere bench: new_tokens must be at least 1, got 0\n"
     with pytest.raises(SystemExit) as stop:
         main(["bench", "--help"])
     assert stop.value.code == 0
