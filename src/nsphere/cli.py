@@ -543,7 +543,11 @@ def _bench(argv: list[str]) -> None:
 
         raise ValueError(f"unknown benchmark {argv[0]!r}; {nearest(argv[0], BENCHMARKS)}")
     module = importlib.import_module(f"nsphere.bench.{argv[0]}")
-    module.main(_parse(module.Args, f"bench {argv[0]}", argv[1:]))
+    args = _parse(module.Args, f"bench {argv[0]}", argv[1:])
+    for name, value in vars(args).items():
+        if type(value) is int and value < 1:  # they all are numbers of something
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    module.main(args)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -85,9 +85,40 @@ def test_q_and_k_from_their_outputs(norm, norm_first, multiplied, dtype):
         return
     truth = gradients(plain, [i.double() for i in inputs])
     # a multiplier that is next to nothing leaves what no sum of products can show
-    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=4 * traced.LEAST)
+    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=2.0**-58)
     for a, p, t in zip(got[1:], expected[1:], truth[1:], strict=True):
         assert_close(a.to(dtype), t, p.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "multiplier_dtype, size, least",
+    [(torch.float32, 1e-28, 1e-9), (torch.bfloat16, 1e-28, 1e-9), (torch.float16, 1.0, 1.0)],
+)
+def test_every_multiplier_has_its_own_gradient(multiplier_dtype, size, least, dtype):
+    """Each to its own digits: tiny, negative and 0, in any dtype, of little gradients and components."""
+    spec, generator = SideSpec(norm=L2Norm(8).spec, rope=None), torch.Generator().manual_seed(0)
+    x, grad = torch.rand(2, 2, 64, 3, 8, generator=generator) + 0.5
+    x[..., 2, 0] *= least
+    grad = (size * grad).to(dtype)
+    multiplier = torch.tensor([[1.0], [-1.5], [0.0]]).repeat(1, 8)
+    multiplier[2, 1:] = torch.tensor([2.0**-59, -(2.0**-60), 2.0**-61, 1e-30, -1e-8, 0.1, -0.2])
+
+    def run(forward, *inputs):
+        x, multiplier = (t.detach().clone().requires_grad_() for t in inputs)
+        return torch.autograd.grad(forward(x, spec, SideTensors(multiplier=multiplier)), (x, multiplier), grad.to(x))
+
+    inputs = x.to(dtype), multiplier.to(multiplier_dtype)
+    got = run(traced.norm_rope, *inputs)
+    plain, truth = (
+        run(lambda x, spec, t: qk_reference.forward(x, t, spec)[0], *each)
+        for each in (inputs, [t.double() for t in inputs])
+    )
+    assert got[1].dtype == multiplier_dtype and truth[1].abs().min() > 0
+    rtol = 2 * max(torch.finfo(dtype).eps, torch.finfo(multiplier_dtype).eps)
+    torch.testing.assert_close(got[1].double(), truth[1], rtol=rtol, atol=0)
+    for head in range(3):
+        assert_close(*(dx[:, :, head] for dx, _ in (got, truth, plain)))
 
 
 def attention(q, k, v):

@@ -14,6 +14,8 @@ def test_only_what_nobody_is_building(tmp_path, monkeypatch) -> None:
     for name, path in paths.items():
         path.write_bytes(content[name])
     (tmp_path / "ab" / "cempty.main.cpp").touch()
+    (tmp_path / "nsphere").mkdir()
+    (tmp_path / "nsphere" / "cother.so").touch()  # built under no lock of torch
     with FileLock(tmp_path / "locks" / "cbuilding.lock"):
         assert sorted(remove_unwritten_libraries()) == [paths["empty"], paths["zeros"]]
     assert sorted(path for path in (tmp_path / "ab").iterdir()) == [
@@ -22,3 +24,4 @@ def test_only_what_nobody_is_building(tmp_path, monkeypatch) -> None:
         paths["whole"],
     ]
     assert remove_unwritten_libraries() == [paths["building"]]
+    assert (tmp_path / "nsphere" / "cother.so").exists()

@@ -18,7 +18,7 @@ def remove_unwritten_libraries() -> list[Path]:
     cache = Path(cache_dir())
     (cache / "locks").mkdir(exist_ok=True)
     removed = []
-    for library in cache.glob("*/*.so"):
+    for library in cache.glob("??/c*.so"):  # those that torch names by the hash of what it locks; no other's
         with suppress(Timeout, OSError):  # at work, gone meanwhile, or another user's: torch names what it can't load
             if _is_written(library):
                 continue

@@ -13,7 +13,7 @@ from nsphere.train.trainer import Trainer, process_settings
 
 pytestmark = kernels
 
-# a step takes the interpreter half a second; 50 steps of the compiled form are in tests/bench/test_bench.py
+# a step takes the interpreter half a second; 20 steps of the compiled form are in tests/bench/test_bench.py
 STEPS = size(50, 8)
 SHAPE = size(
     {"d_model": 256, "num_layers": 2, "num_heads": 4, "context": 128, "batch_size": 8},

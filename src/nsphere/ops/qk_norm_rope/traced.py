@@ -52,7 +52,7 @@ class _NormRope(torch.autograd.Function):
         t = SideTensors(cos=cos, sin=sin, constant=constant)
         y, inverse = reference.forward(x.to(compute_dtype(x)), t, spec)
         if multiplier is not None:
-            y = y * _nonzero(multiplier)
+            y = y * _nonzero(multiplier.to(y.dtype))
         y = cast(y, x.dtype)
         ctx.save_for_backward(y, inverse, multiplier, cos, sin)
         ctx.constant, ctx.spec = constant, spec
@@ -64,10 +64,12 @@ class _NormRope(torch.autograd.Function):
         y, inverse, multiplier, cos, sin = ctx.saved_tensors
         dtype, dm = grad.dtype, None
         if multiplier is not None:
-            grad, factor = grad.to(inverse.dtype), _nonzero(multiplier)
+            factor = multiplier.to(inverse.dtype)
+            # before the sum: what 2⁻⁶⁰ and a small gradient make together is below fp32
+            grad, y = grad.to(inverse.dtype), y * (1 / _nonzero(factor))
             if ctx.needs_input_grad[1]:
-                dm = ((grad * y).sum_to_size(multiplier.shape) / factor).to(multiplier.dtype)
-            grad, y = grad * multiplier, y * (1 / factor)
+                dm = (grad * y).sum_to_size(multiplier.shape).to(multiplier.dtype)
+            grad = grad * factor
         t = SideTensors(cos=cos, sin=sin, constant=ctx.constant)
         dx = reference.backward(grad, y, inverse, t, ctx.spec)[0]
         return dx.to(dtype), dm, None, None, None, None
