@@ -119,8 +119,7 @@ def test_in_bf16_within_its_rounding(two: dict[str, Any]) -> None:
     for layout, difference in two["bf16"].items():
         assert difference["loss"] < 2e-3 and difference["grad_norm"] < 8e-3, layout
         assert difference["weights"] < 2e-2, layout
-        # a loss may come out the same where only gradients are summed over ranks; their norm then does not
-        assert max(difference["loss"], difference["grad_norm"]) > 1e-7, "bf16 was not used"
+        assert difference["loss"] > 1e-7, "bf16 was not used"
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

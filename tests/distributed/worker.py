@@ -308,7 +308,6 @@ def two_ranks(job: Job) -> dict[str, Any]:
             found["parity"][f"{arm} tp"] = job.against_one(arm, tp, 3)
         found["bf16"] = {
             "fsdp": job.against_one("ngpt", fsdp, 3, dtype="bfloat16"),
-            "nanogpt fsdp": job.against_one(NANOGPT[1], fsdp, 3, dtype="bfloat16"),
             "tp": job.against_one("ngpt", tp, 3, dtype="bfloat16"),
         }
         found["muon"] = {name: job.against_one("gpt-muon", world, 6) for name, world in (("fsdp", fsdp), ("ddp", ddp))}
