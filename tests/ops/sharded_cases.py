@@ -12,7 +12,7 @@ from nsphere.ops.normalized_update import normalized_update
 from nsphere.ops.qk_norm_rope import SideSpec, SideTensors, qk_norm_rope
 from nsphere.rope import RopeSpec
 
-B, T, H, HKV, D = 2, 4, 4, 2, 8
+B, T, H, HKV, D = 2, 2, 4, 2, 8
 
 
 def random(*shape, seed=0):
