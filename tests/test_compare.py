@@ -12,9 +12,9 @@ import torch
 
 from nsphere import compare as compare_module
 from nsphere.compare import CompareConfig, compare
-from nsphere.curves import headline_ratios
 from nsphere.lr_sweep import Sweep, grid_lr
-from nsphere.table import comparison_table
+from nsphere.report.curves import headline_ratios
+from nsphere.report.terminal import comparison_table
 from nsphere.train.distributed import Layout, World
 from nsphere.train.files import read_jsonl
 from nsphere.train.run_folder import Result

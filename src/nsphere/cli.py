@@ -183,7 +183,7 @@ def _one_line(box: str, name: str) -> str:
 
 def _compare(argv: list[str]) -> None:
     from nsphere.compare import CompareConfig, RunOptions, TrainConfig, compare
-    from nsphere.table import comparison_table
+    from nsphere.report.terminal import comparison_table
     from nsphere.train.data import DataConfig
 
     @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def _inspect(argv: list[str]) -> None:
     import tyro
 
     from nsphere.report import write_inspection
-    from nsphere.table import inspection_table
+    from nsphere.report.terminal import inspection_table
     from nsphere.train.data import DataConfig, load_corpus, val_batches
     from nsphere.train.inspection import inspect_model
     from nsphere.train.machine import choose_device

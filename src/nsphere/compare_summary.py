@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from nsphere.curves import best_gpt_arm, headline_ratios, ngpt_arm, ratio_curve
 from nsphere.generate import Sampling, generate
 from nsphere.lr_sweep import Sweep
 from nsphere.presets import PRESETS
+from nsphere.report.curves import best_gpt_arm, headline_ratios, ngpt_arm, ratio_curve
 from nsphere.train.arms import RECIPE_FIELDS, parse_arm
 from nsphere.train.data import Corpus
 from nsphere.train.files import read_jsonl

@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib import ticker
 from matplotlib.axes import Axes
 
-from nsphere.curves import mean_curve, tokens_to_reach
-from nsphere.drawing import INK, MUTED, arm_styles, count, line, picture, power_of_ten
+from nsphere.report.curves import mean_curve, tokens_to_reach
+from nsphere.report.drawing import INK, MUTED, arm_styles, count, line, picture, power_of_ten
 
 
 def loss_picture(summary: Mapping[str, Any], against: str) -> str:

@@ -6,7 +6,7 @@ import math
 import random
 from typing import Any
 
-from nsphere.curves import best_gpt_arm, headline_ratios, mean_curve, ratio_curve
+from nsphere.report.curves import best_gpt_arm, headline_ratios, mean_curve, ratio_curve
 
 MATRICES = ("W_q", "W_k", "W_v", "W_o", "W_u", "W_nu", "W_down")
 TOKENS_PER_STEP = 4096
