@@ -182,8 +182,9 @@ def _one_line(box: str, name: str) -> str:
 
 
 def _compare(argv: list[str]) -> None:
-    from nsphere.compare import CompareConfig, RunOptions, TrainConfig, compare
+    from nsphere.compare import CompareConfig, compare
     from nsphere.report.terminal import comparison_table
+    from nsphere.train.config import RunOptions, TrainConfig
     from nsphere.train.data import DataConfig
 
     @dataclass(frozen=True)

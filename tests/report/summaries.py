@@ -1,4 +1,4 @@
-"""Summaries of a comparison as `compare_summary.py` hands them over, made from formulas: quick to make."""
+"""Summaries of a comparison as `compare/summary.py` hands them over, made from formulas: quick to make."""
 
 from __future__ import annotations
 
