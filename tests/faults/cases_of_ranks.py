@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from nsphere.cli import _explain
+from nsphere.cli import explain
 from nsphere.compare import CompareConfig, compare
 from nsphere.train.checkpoint import CheckpointSaver, load_checkpoint
 from nsphere.train.config import resolve
@@ -53,7 +53,7 @@ def job(size, out, before, command):
         try:
             command()
         except Exception as error:
-            known = _explain(error)
+            known = explain(error)
             if known is None:
                 raise
             print(f"[{rank}] {known[0]}", flush=True)
