@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from nsphere import norms
+from nsphere.multiplier import LearnedMultiplier
 from nsphere.norms import L2Clip, L2Norm, RMSNorm, register_norm
-from nsphere.qk_norm import LearnedMultiplier, QKNorm
+from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
