@@ -34,7 +34,7 @@ from ranks import Job
 
 from nsphere.cli import explain
 from nsphere.train.checkpoint import load_checkpoint
-from nsphere.train.checkpoint_folders import by_step, is_complete
+from nsphere.train.checkpoint.folders import by_step, is_complete
 from nsphere.train.files import read_jsonl
 from nsphere.train.loop import train
 from nsphere.train.machine import git_commit
