@@ -15,8 +15,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from nsphere.collectives import Group, sum_statistic
 from nsphere.multiplier import LearnedMultiplier
-from nsphere.norms import StatisticNorm, compute_dtype, eps_of, inverse_root
-from nsphere.qk_norm import QKNorm, Tables, is_plain
+from nsphere.norms import StatisticNorm, compute_dtype, eps_of, inverse_root, is_plain
+from nsphere.qk_norm import QKNorm, Tables
 from nsphere.rope import rotate
 
 View = Callable[[Tensor], Tensor]
