@@ -29,12 +29,13 @@ from nsphere.train.job import job
 from nsphere.train.loop import train
 from nsphere.train.machine import choose_device
 from nsphere.train.parallelize import check_layout
+from nsphere.train.precision import pin_dtype
 from nsphere.train.progress import say
 from nsphere.train.roll_call import RollCall
-from nsphere.train.run_folder import Result, check_same, check_writable
+from nsphere.train.run_folder import CONFIG_FILE, Result, check_same, check_writable
 from nsphere.train.signals import Interrupted, StopRequest
 from nsphere.train.timing import time_steps
-from nsphere.train.trainer import NonFinite, Trainer, micro_batch_size, pin_dtype
+from nsphere.train.trainer import NonFinite, Trainer, micro_batch_size
 
 COMPARE_FILE, SUMMARY_FILE, REPORT_FILE = "compare.json", "summary.json", "report.html"
 
@@ -110,7 +111,7 @@ def lr_source(config: TrainConfig, arms: Mapping[str, TrainConfig], rates: Mappi
 def _check_folder(out: Path, resume: bool) -> None:
     """Refuse to write over a run or another comparison; before the data is read."""
     check_writable(out)
-    if (out / "config.json").exists():
+    if (out / CONFIG_FILE).exists():
         raise ValueError(f"{out} holds a single run; choose another --out for the comparison")
     if (out / COMPARE_FILE).exists() and not resume:
         raise ValueError(f"{out} exists; give --resume to continue it, or another --out")

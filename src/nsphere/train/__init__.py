@@ -1,6 +1,7 @@
 """Training: one run, on one rank or many, from its configuration to its result.
 
-the run         loop.py, and in it trainer.py takes a step: optimizer.py, muon.py, schedule.py, gradients.py
+the run         loop.py, and in it trainer.py takes a step: precision.py, optimizer.py, muon.py, schedule.py,
+                gradients.py
 what it is      config.py, arms.py; run_folder.py is what it leaves, saved.py reads it back
 data            data.py, from texts.py (corpus.py is the embedded one) or token_files.py, by tokenizer.py and
                 token_cache.py, to batches.py
