@@ -1,10 +1,10 @@
 """What `nsphere compare` and `nsphere inspect` print."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nsphere.report.curves import is_finite
 from nsphere.report.verdict import answer
 from nsphere.table import printable, text_table
 
@@ -60,4 +60,4 @@ def inspection_table(inspection: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "–" if value is None or not math.isfinite(value) else format(value, form)
+    return format(value, form) if is_finite(value) else "–"
