@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from nsphere.bench.harness import finish
-from nsphere.drawing import ArmStyle, arm_styles
+from nsphere.report.drawing import ArmStyle, arm_styles
 
 
 def read(paths: list[Path]) -> dict[str, dict]:

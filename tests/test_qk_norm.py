@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from nsphere import norms
+from nsphere.multiplier import LearnedMultiplier
 from nsphere.norms import L2Clip, L2Norm, RMSNorm, register_norm
-from nsphere.qk_norm import LearnedMultiplier, QKNorm
+from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
@@ -613,6 +614,9 @@ def with_tables(cos, sin):
         (lambda: QKNorm("rms", head_dim=D, rope=RopeSpec(2 * D)), f"more than head_dim={D}"),
         (lambda: QKNorm("rms", head_dim=D, over="full"), "without num_heads; give num_heads"),
         (lambda: QKNorm("rms", head_dim=D, over="all", num_heads=H), "got over='all'; choose"),
+        (lambda: QKNorm("rms", head_dim=D, over=0, num_heads=H), "got over=0; choose"),
+        (lambda: QKNorm("rms", head_dim=D, over=-4, num_heads=H), "got over=-4; choose"),
+        (lambda: QKNorm(None, head_dim=-4), "got head_dim=-4; give the width of a head, at least 1"),
         (lambda: QKNorm("rms", head_dim=D, over=7, num_heads=H), "over=7 does not divide 4 heads of 16 evenly"),
         (lambda: QKNorm("rms", head_dim=D, over=(4, 20)), "over=(4, 20) is no slice of a head of 16 dims"),
         (lambda: QKNorm(RMSNorm(8), head_dim=D), "the norm of q is 8 wide"),

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nsphere.multiplier import LearnedMultiplier
 from nsphere.norms import L2Clip, NormSpec, StatisticNorm
-from nsphere.qk_norm import LearnedMultiplier, Over, QKNorm, statistic_width
+from nsphere.qk_norm import Over, QKNorm, statistic_width
 from nsphere.rope import RopeSpec
 
 

@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
@@ -270,6 +270,28 @@ class StatisticNorm(Norm):
             if field.name not in ("statistic", "eps", "weight") and value != getattr(defaults, field.name):
                 shown.append(f"{field.name}={value!r}")
         return ", ".join(shown)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_plain(norm: nn.Module | None) -> TypeGuard[StatisticNorm]:
+    """Whether calling the norm does what its spec says and nothing more: no other forward, no hooks."""
+    if not isinstance(norm, StatisticNorm) or has_hooks(norm) or "forward" in vars(norm):
+        return False
+    kind = type(norm)
+    return (
+        kind.forward is StatisticNorm.forward
+        and kind.factor is StatisticNorm.factor
+        and kind.shift is StatisticNorm.shift
+        and kind.apply_fp32 is StatisticNorm.apply_fp32
+        and kind._affine is StatisticNorm._affine
+        and kind._shaped is StatisticNorm._shaped
+    )
 
 
 def _spec(norm: type, statistic: Statistic, eps: float | None, /, **fields: Any) -> NormSpec:

@@ -7,12 +7,12 @@ import copy
 import dataclasses
 import math
 import warnings
-from typing import Any, Literal, TypeAlias, TypeGuard, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from nsphere.norms import L2Clip, NormSpec, StatisticNorm, compute_dtype, make_norm
+from nsphere.norms import L2Clip, NormSpec, StatisticNorm, compute_dtype, has_hooks, is_plain, make_norm
 from nsphere.ops import backend as backends
 from nsphere.ops.qk_norm_rope import SideSpec, SideTensors, norm_rope, qk_norm_rope
 from nsphere.rope import RopeSpec, rotate
@@ -40,7 +40,7 @@ def statistic_width(over: Over, head_dim: int, num_heads: int | None) -> tuple[i
     width = num_heads * head_dim
     if over == "full":
         return width, None
-    if not isinstance(over, int):
+    if not isinstance(over, int) or over < 1:
         raise ValueError(f'QKNorm got over={over!r}; choose "head", "full", a width, or (start, stop)')
     if width % over or (head_dim % over and over % head_dim):
         raise ValueError(
@@ -48,67 +48,6 @@ def statistic_width(over: Over, head_dim: int, num_heads: int | None) -> tuple[i
             "divides head_dim, or a multiple of it that divides all heads together"
         )
     return over, width // over
-
-
-class LearnedMultiplier(nn.Module):
-    """A learned factor on q or k, broadcastable to [H, D].
-
-    "identity" is stored · init / scale, "softplus" log(1 + e^stored), "exp" e^min(stored, log max).
-
-    Args:
-        shape: () one scalar, (H, 1) per head, (D,) per dimension, (H, D) both.
-        init: the factor's initial value.
-        scale: of "identity": what is stored at the start; under Adam it sets the factor's own learning rate
-            (nGPT §2.5).
-        transform: "identity", "softplus" or "exp".
-        max: the ceiling of "exp" (100 in Swin v2).
-
-    Raises:
-        ValueError: for what the transform has no use for, or cannot start from.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, ...] = (),
-        init: float = 1.0,
-        *,
-        scale: float = 1.0,
-        transform: Literal["identity", "softplus", "exp"] = "identity",
-        max: float = math.inf,
-        device: Any = None,
-    ):
-        super().__init__()
-        if transform not in ("identity", "softplus", "exp"):
-            raise ValueError(f"LearnedMultiplier got transform={transform!r}; choose identity, softplus or exp")
-        if transform != "identity" and init <= 0:
-            raise ValueError(f"LearnedMultiplier got init={init}; {transform} needs a positive one")
-        if transform != "identity" and scale != 1:
-            raise ValueError(f'LearnedMultiplier got scale={scale} with {transform}; scale is for "identity"')
-        if transform != "exp" and max != math.inf:
-            raise ValueError(f'LearnedMultiplier got max={max} with {transform}; max is for "exp"')
-        if init > max:
-            raise ValueError(f"LearnedMultiplier got init={init} above max={max}; start at {max} or below")
-        self.init, self.scale, self.transform, self.max = init, scale, transform, max
-        self.weight = nn.Parameter(torch.empty(shape, device=device))
-        self.reset_parameters()
-
-    def _start(self) -> float:
-        if self.transform == "exp":
-            return math.log(self.init)
-        return math.log(math.expm1(self.init)) if self.transform == "softplus" else self.init
-
-    def reset_parameters(self) -> None:
-        """Store what stands for the initial value: `scale`, or its inverse under the transform."""
-        nn.init.constant_(self.weight, self.scale if self.transform == "identity" else self._start())
-
-    def forward(self) -> Tensor:
-        """The factor, fp32 (fp64 of an fp64 weight)."""
-        weight = self.weight.to(compute_dtype(self.weight))
-        if self.transform == "softplus":
-            return nn.functional.softplus(weight)
-        if self.transform == "exp":
-            return weight.clamp(max=math.log(self.max)).exp()
-        return weight * (self.init / self.scale)
 
 
 class QKNorm(nn.Module):
@@ -187,6 +126,8 @@ class QKNorm(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"QKNorm got {name}={value!r}; choose from {', '.join(map(repr, allowed))}")
+        if head_dim < 1:
+            raise ValueError(f"QKNorm got head_dim={head_dim}; give the width of a head, at least 1")
         if rope is not None and not isinstance(rope, RopeSpec):
             raise TypeError(f"QKNorm got rope={rope!r}; give a RopeSpec, which says what turns, or None")
         if rope is not None and rope.dim > head_dim:
@@ -248,7 +189,8 @@ class QKNorm(nn.Module):
 
     def _softmax_scale(self, asked: float | str | None) -> float:
         plain = self.head_dim**-0.5
-        sides = [isinstance(n, StatisticNorm) and n.spec.statistic == "l2" and n.spec.scale == 1 for n in self._norms()]
+        norms = (self.q_norm, self.k_norm)
+        sides = [isinstance(n, StatisticNorm) and n.spec.statistic == "l2" and n.spec.scale == 1 for n in norms]
         unit = all(sides) and self.over == "head"
         if asked is None:
             if any(sides) and not unit:
@@ -271,9 +213,6 @@ class QKNorm(nn.Module):
                 stacklevel=3,
             )
         return asked
-
-    def _norms(self) -> tuple[nn.Module | None, nn.Module | None]:
-        return self.q_norm, self.k_norm
 
     def _side_spec(self, spec: NormSpec | None) -> SideSpec | None:
         """What the fused op does for this side; None where rounding points of its own must be composed."""
@@ -480,7 +419,7 @@ class QKNorm(nn.Module):
         return self.softmax_scale * math.prod(length for length in lengths if length is not None)
 
     def _longest(self, norm: nn.Module | None, heads: int | None, multiplier: Any) -> float | None:
-        if type(norm) is L2Clip and not _has_hooks(norm) and self.over == "head":
+        if type(norm) is L2Clip and not has_hooks(norm) and self.over == "head":
             radius = norm.max_norm
         elif isinstance(norm, StatisticNorm) and is_plain(norm) and not isinstance(self.over, tuple):
             radius = 1.0 if norm.spec.statistic == "l2" else norm.dim**0.5
@@ -529,7 +468,7 @@ class _Side:
     def is_custom(self) -> bool:
         """Whether the norm must be called to know what it does."""
         norm = self.norm
-        return self.plain is None and norm is not None and (type(norm) is not nn.Identity or _has_hooks(norm))
+        return self.plain is None and norm is not None and (type(norm) is not nn.Identity or has_hooks(norm))
 
     def values(self, *, with_factors: bool) -> SideTensors:
         """What the fused op takes."""
@@ -548,27 +487,6 @@ class _Side:
 
 def _is_number(factor: Any) -> bool:
     return isinstance(factor, int | float)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def is_plain(norm: nn.Module | None) -> TypeGuard[StatisticNorm]:
-    """Whether calling the norm does what its spec says and nothing more: no other forward, no hooks."""
-    if not isinstance(norm, StatisticNorm) or _has_hooks(norm) or "forward" in vars(norm):
-        return False
-    kind = type(norm)
-    return (
-        kind.forward is StatisticNorm.forward
-        and kind.factor is StatisticNorm.factor
-        and kind.shift is StatisticNorm.shift
-        and kind.apply_fp32 is StatisticNorm.apply_fp32
-        and kind._affine is StatisticNorm._affine
-        and kind._shaped is StatisticNorm._shaped
-    )
 
 
 def _check_tables(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -14,8 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from nsphere.collectives import Group, sum_statistic
-from nsphere.norms import StatisticNorm, compute_dtype, eps_of, inverse_root
-from nsphere.qk_norm import LearnedMultiplier, QKNorm, Tables, is_plain
+from nsphere.multiplier import LearnedMultiplier
+from nsphere.norms import StatisticNorm, compute_dtype, eps_of, inverse_root, is_plain
+from nsphere.qk_norm import QKNorm, Tables
 from nsphere.rope import rotate
 
 View = Callable[[Tensor], Tensor]

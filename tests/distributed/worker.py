@@ -20,8 +20,9 @@ from traffic import counted
 
 from nsphere.collectives import local, split_axes
 from nsphere.hypersphere import assert_on_hypersphere, max_norm_deviation, project_what_is_off_, sphere_matrices
+from nsphere.multiplier import LearnedMultiplier
 from nsphere.norms import register_norm
-from nsphere.qk_norm import LearnedMultiplier, QKNorm
+from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
 from nsphere.tensor_parallel import parallelize_qk_norm
 from nsphere.train import scaling

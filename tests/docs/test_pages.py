@@ -8,11 +8,13 @@ A page's Python blocks run in order in one namespace, as its reader would run th
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nsphere import cli, norms
+from nsphere.commands.flags import parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)
@@ -71,16 +73,16 @@ def test_the_commands_are_understood(page: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(norms, "_NORMS", dict(norms._NORMS))
     save_files(page)
-    parse = cli._parse
 
-    def parse_and_stop(*args: object) -> None:
-        parse(*args)  # type: ignore[arg-type]
+    def parse_and_stop(*args: Any) -> None:
+        parse(*args)
         raise Parsed
 
-    monkeypatch.setattr(cli, "_parse", parse_and_stop)
-    for words in commands(page):
+    for first, *words in commands(page):
+        command = cli.command(first)
+        monkeypatch.setattr(command, "parse", parse_and_stop)
         with pytest.raises(Parsed):
-            cli.COMMANDS[words[0]](words[1:])
+            command.main(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

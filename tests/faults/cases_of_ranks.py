@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from nsphere.cli import _explain
+from nsphere.cli import explain
 from nsphere.compare import CompareConfig, compare
 from nsphere.train.checkpoint import CheckpointSaver, load_checkpoint
 from nsphere.train.config import resolve
@@ -53,7 +53,7 @@ def job(size, out, before, command):
         try:
             command()
         except Exception as error:
-            known = _explain(error)
+            known = explain(error)
             if known is None:
                 raise
             print(f"[{rank}] {known[0]}", flush=True)
@@ -402,8 +402,8 @@ def test_metrics_of_many_ranks_are_those_of_one_writer(four):
 
 def test_a_comparison_of_two_ranks_is_that_of_one_process(tmp_path, monkeypatch):
     """The same losses to rounding, through a signal and a kill to the same bits; rank 0 alone writes the answer."""
-    monkeypatch.setattr("nsphere.lr_sweep.MAX_SWEEP_RUNS", 3)
-    monkeypatch.setattr("nsphere.compare.write_report", lambda summary, path: path.write_text("a page"))
+    monkeypatch.setattr("nsphere.compare.lr_sweep.MAX_SWEEP_RUNS", 3)
+    monkeypatch.setattr("nsphere.compare.comparison.write_report", lambda summary, path: path.write_text("a page"))
     data = tiny.text_file(tmp_path)
     what = CompareConfig(arms=("ngpt",), sweep_lr=True, timing_rounds=2, sample_tokens=4, prompt="line ")
 

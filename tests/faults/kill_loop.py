@@ -32,9 +32,9 @@ import tiny
 import torch
 from ranks import Job
 
-from nsphere.cli import _explain
+from nsphere.cli import explain
 from nsphere.train.checkpoint import load_checkpoint
-from nsphere.train.checkpoint_folders import by_step, is_complete
+from nsphere.train.checkpoint.folders import by_step, is_complete
 from nsphere.train.files import read_jsonl
 from nsphere.train.loop import train
 from nsphere.train.machine import git_commit
@@ -49,7 +49,7 @@ def work(arm: str, data: Any, out: Path) -> int:
     try:
         train(arm, config, options, data, out, resume=True)
     except Exception as error:
-        known = _explain(error)
+        known = explain(error)
         if known is None:
             raise
         print(known[0], flush=True)

@@ -23,10 +23,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from nsphere.train import checkpoint as checkpoint_module
-from nsphere.train import manifest as manifest_module
-from nsphere.train import tensor_files
-from nsphere.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from nsphere.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, tensor_files
+from nsphere.train.checkpoint import manifest as manifest_module
+from nsphere.train.checkpoint import save as save_module
 from nsphere.train.files import JsonlWriter, RunLock, read_jsonl
 
 MODEL, OPTIMIZER = (f"{part}/shard-00001-model-00001-of-00001.safetensors" for part in ("model", "optimizer"))
@@ -354,7 +353,7 @@ class TestFullDisk:
 
     def test_interrupted_by_the_keyboard(self, tmp_path, monkeypatch):
         save(tmp_path, 2)
-        monkeypatch.setattr(checkpoint_module, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        monkeypatch.setattr(save_module, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 4)
         assert names(tmp_path) == ["step-00000002"]

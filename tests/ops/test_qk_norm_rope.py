@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from tolerances import assert_close, error, floor
 from torch import nn
 
+from nsphere.multiplier import LearnedMultiplier
 from nsphere.norms import L2Norm, LayerNorm, NormSpec, RMSNorm
 from nsphere.ops import backend as backends
 from nsphere.ops.qk_norm_rope import SideSpec, SideTensors, lean, qk_norm_rope, reference
-from nsphere.qk_norm import LearnedMultiplier, QKNorm
+from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
 
 # torch's own compiler imports a deprecated part of torch

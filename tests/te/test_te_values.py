@@ -305,7 +305,7 @@ def test_each_head_has_its_own_weight():
 
 
 def test_a_qk_norm_brings_its_place_its_multiplier_and_its_scale():
-    from nsphere.qk_norm import LearnedMultiplier
+    from nsphere.multiplier import LearnedMultiplier
 
     own = nsphere.QKNorm("l2", head_dim=D, multiplier=LearnedMultiplier((H, D), init=1.5), place="before").double()
     mha = build(qk_norm_type=own)

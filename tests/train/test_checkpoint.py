@@ -9,8 +9,8 @@ from torch import nn
 from nsphere.hypersphere import SphereLinear, assert_on_hypersphere
 from nsphere.optim import keep_on_hypersphere
 from nsphere.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from nsphere.train.checkpoint.optimizer_state import GroupPlan, Stored, carry_out
 from nsphere.train.files import RunLock
-from nsphere.train.optimizer_state import GroupPlan, Stored, carry_out
 
 MODEL, OPTIMIZER = (f"{part}/shard-00001-model-00001-of-00001.safetensors" for part in ("model", "optimizer"))
 STATE = {"architecture": "gpt", "seed": 3, "best": 0.1 + 0.2, "worst": float("inf"), "config": {"d_model": 8}}

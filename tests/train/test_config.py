@@ -1,7 +1,6 @@
 import dataclasses
 
 import pytest
-import tiny
 
 from nsphere.ngpt import NGPTConfig
 from nsphere.train.arms import ARMS, parse_arm
@@ -152,7 +151,3 @@ def test_config_files_that_cannot_be_read(tmp_path, content: str | None, message
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_config(tmp_path)
-
-
-def test_tiny_is_valid() -> None:
-    resolve("ngpt", tiny.config())

@@ -18,10 +18,11 @@ from nsphere.train.checkpoint import CheckpointSaver, load_checkpoint
 from nsphere.train.config import RunOptions, TrainConfig, resolve
 from nsphere.train.data import DataConfig, load_corpus
 from nsphere.train.files import RunLock, read_jsonl
+from nsphere.train.job import process_settings
 from nsphere.train.loop import train
 from nsphere.train.roll_call import RollCall
 from nsphere.train.signals import Interrupted
-from nsphere.train.trainer import NonFinite, Trainer, process_settings
+from nsphere.train.trainer import NonFinite, Trainer
 
 ARMS = ["gpt", "gpt-qknorm-muon", "ngpt"]
 

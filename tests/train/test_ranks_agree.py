@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nsphere.train.manifest import Broken
+from nsphere.train.checkpoint.manifest import Broken
 from nsphere.train.ranks import _portable
 
 

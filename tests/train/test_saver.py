@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from nsphere.train import checkpoint as checkpoint_module
 from nsphere.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
+from nsphere.train.checkpoint import save as save_module
 
 
 @pytest.fixture
 def gate(monkeypatch):
     """Saves wait in their middle until this is set."""
-    gate, write = threading.Event(), checkpoint_module.write_manifest
+    gate, write = threading.Event(), save_module.write_manifest
 
     def waiting(*args):
         assert gate.wait(60)
         write(*args)
 
-    monkeypatch.setattr(checkpoint_module, "write_manifest", waiting)
+    monkeypatch.setattr(save_module, "write_manifest", waiting)
     return gate
 
 
@@ -74,7 +74,7 @@ def test_what_goes_wrong_is_raised_by_the_next_call(tmp_path, monkeypatch, then)
     saver = CheckpointSaver(tmp_path)
     saver.save(step=1, model=model, optimizer=optimizer, state={})
     saver.wait()
-    monkeypatch.setattr(checkpoint_module, "write_manifest", full)
+    monkeypatch.setattr(save_module, "write_manifest", full)
     saver.save(step=2, model=model, optimizer=optimizer, state={})
     with pytest.raises(OSError, match="step 2 could not be written .*No space left.*the last good .*step-00000001"):
         if then == "wait":
@@ -90,7 +90,7 @@ def test_what_goes_wrong_is_raised_by_the_next_call(tmp_path, monkeypatch, then)
 
 def test_it_does_not_hide_what_ended_the_run(tmp_path, monkeypatch, caplog):
     model, optimizer = make(1.0)
-    monkeypatch.setattr(checkpoint_module, "write_manifest", full)
+    monkeypatch.setattr(save_module, "write_manifest", full)
     with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt), CheckpointSaver(tmp_path) as saver:
         saver.save(step=1, model=model, optimizer=optimizer, state={})
         raise KeyboardInterrupt

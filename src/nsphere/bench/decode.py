@@ -14,7 +14,7 @@ from nsphere.layers import Decoder
 from nsphere.presets import make_model
 from nsphere.train.config import DtypeName, TrainConfig, model_config, resolve
 from nsphere.train.machine import choose_device
-from nsphere.train.trainer import autocast, choose_dtype, dtype_name
+from nsphere.train.precision import autocast, choose_dtype, dtype_name
 
 ARMS = ("gpt-qknorm", "ngpt")
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nsphere import families
+from nsphere.multiplier import LearnedMultiplier
 from nsphere.norms import L2Clip, StatisticNorm
-from nsphere.qk_norm import LearnedMultiplier, QKNorm
+from nsphere.qk_norm import QKNorm
 
 # attentions whose family is not the directory they live in
 _FAMILY_OF_CLASS = {

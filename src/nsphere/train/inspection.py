@@ -73,7 +73,7 @@ def _matrices(block: nn.Module) -> dict[str, Tensor]:
 
 
 def inspect_model(model: Decoder, batch: Batch | None) -> dict[str, Any]:
-    """The numbers behind the pictures of a model; see inside_figures.py for what each means.
+    """The numbers behind the pictures of a model; see report/inside_figures.py for what each means.
 
     Args:
         model: not compiled, on the batch's device, in the autocast that is on.

@@ -5,9 +5,13 @@ preparation" every rank reads the data, all agree, and rank 0 takes the folder; 
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch._dynamo
 
 from nsphere.ops.backend import can_compile
 from nsphere.train.compile_cache import remove_unwritten_libraries
@@ -19,7 +23,6 @@ from nsphere.train.progress import console, say
 from nsphere.train.roll_call import RollCall
 from nsphere.train.signals import StopRequest
 from nsphere.train.token_cache import data_cache
-from nsphere.train.trainer import process_settings
 
 
 class Job:
@@ -105,3 +108,28 @@ def _one_voice(world: World) -> Iterator[None]:
         yield
     finally:
         console.quiet = before
+
+
+@contextlib.contextmanager
+def process_settings(options: RunOptions, device: torch.device) -> Iterator[None]:
+    """Threads, determinism and the compiler's limits for the time of a run; what was set before comes back.
+
+    On CPU every operation used here is deterministic for a given number of threads, the embedding's gradient by
+    construction. CUDA needs to be asked, and cuBLAS by an environment variable, which stays.
+    """
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    # a silent fall-back to eager would be slow and, worse, change the last bits in the middle of a run
+    limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
+    try:
+        with limits:
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

@@ -17,13 +17,8 @@ from nsphere.train.distributed import World
 from nsphere.train.files import atomic_write_json
 from nsphere.train.job import job
 from nsphere.train.machine import choose_device, environment
-from nsphere.train.metrics import (
-    Metrics,
-    attention_logit_bound,
-    check_tracker,
-    flops_per_token,
-    peak_flops,
-)
+from nsphere.train.metrics import Metrics, attention_logit_bound, check_tracker, flops_per_token, peak_flops
+from nsphere.train.precision import pin_dtype
 from nsphere.train.progress import StepProgress, duration, say
 from nsphere.train.roll_call import RollCall
 from nsphere.train.run_folder import (
@@ -37,7 +32,7 @@ from nsphere.train.run_folder import (
 )
 from nsphere.train.signals import Interrupted, StopRequest
 from nsphere.train.tokenizer import load_tokenizer
-from nsphere.train.trainer import NonFinite, Trainer, micro_batch_size, pin_dtype
+from nsphere.train.trainer import NonFinite, Trainer, micro_batch_size
 
 
 def train(

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import math
+import secrets
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -143,7 +144,5 @@ def _identity(out: Path) -> str:
     """The same for every start of a run folder, so that a resumed run goes on in the tracker too."""
     path = out / ".tracker-id"
     if not path.exists():
-        import secrets
-
         path.write_text(secrets.token_hex(8))
     return path.read_text()

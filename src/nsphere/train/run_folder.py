@@ -5,7 +5,7 @@ RUN/config.json         what defines the numbers
     tokenizer/          what turns text into tokens and back
     metrics.jsonl       a line per step and per evaluation
     tensorboard/        the same for TensorBoard
-    checkpoints/        see checkpoint.py
+    checkpoints/        see checkpoint/__init__.py
     result.json         written at the end
 """
 

@@ -1,14 +1,10 @@
 """One arm in training: model, optimizers and the step they take. No files, no printing."""
 
 import contextlib
-import dataclasses
 import math
-import os
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch._dynamo
 from torch import Tensor
 
 from nsphere.layers import Decoder
@@ -26,6 +22,7 @@ from nsphere.train.initial import make_spread
 from nsphere.train.machine import choose_device, has_bf16
 from nsphere.train.optimizer import make_optimizers
 from nsphere.train.parallelize import check_layout, parallelize, reshard
+from nsphere.train.precision import autocast, choose_dtype, dtype_name
 from nsphere.train.schedule import lr_factor
 
 
@@ -246,50 +243,3 @@ def compile_line(options: RunOptions, ability: Ability) -> str:
     if not options.compile:
         return "eager (--no-compile)"
     return f"compiled ({ability.reason})" if ability.available else f"eager: {ability.reason}"
-
-
-def pin_dtype(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The config with dtype auto replaced by what this machine has: a run does not change precision on another."""
-    if config.dtype != "auto":
-        return config
-    return dataclasses.replace(config, dtype="bfloat16" if has_bf16(device).available else "float32")
-
-
-def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, or None for plain float32."""
-    return torch.bfloat16 if pin_dtype(config, device).dtype == "bfloat16" else None
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:
-    """The context in which products run in this dtype, as `choose_dtype` gave it."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
-
-
-def dtype_name(dtype: torch.dtype | None) -> str:
-    """What products are computed in, in words."""
-    return "float32" if dtype is None else "bfloat16 autocast"
-
-
-@contextlib.contextmanager
-def process_settings(options: RunOptions, device: torch.device) -> Iterator[None]:
-    """Threads, determinism and the compiler's limits for the time of a run; what was set before comes back.
-
-    On CPU every operation used here is deterministic for a given number of threads, the embedding's gradient by
-    construction. CUDA needs to be asked, and cuBLAS by an environment variable, which stays.
-    """
-    threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if options.deterministic and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    # a silent fall-back to eager would be slow and, worse, change the last bits in the middle of a run
-    limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
-    try:
-        with limits:
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

@@ -10,9 +10,10 @@ from ops import test_qk_norm_rope as plain
 from ops.test_qk_norm_rope import HKV, ROPES, B, D, H, build, inputs, tables_for, truth
 from tolerances import error
 
+from nsphere.multiplier import LearnedMultiplier
 from nsphere.norms import NormSpec
 from nsphere.ops.qk_norm_rope import SideSpec, SideTensors, norm_rope, qk_norm_rope, triton
-from nsphere.qk_norm import LearnedMultiplier, QKNorm
+from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
 
 FP32 = 3e-6

@@ -9,7 +9,8 @@ from ops.on_device.device import ON_GPU, size
 from nsphere.ops import backend as backends
 from nsphere.train.config import resolve
 from nsphere.train.data import load_corpus
-from nsphere.train.trainer import Trainer, process_settings
+from nsphere.train.job import process_settings
+from nsphere.train.trainer import Trainer
 
 pytestmark = kernels
 

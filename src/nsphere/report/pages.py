@@ -1,7 +1,7 @@
 """The page that a comparison leaves: one self-contained HTML file that answers the question first, then shows why.
 
-The page loads nothing and runs nothing (`page.py`); its pictures are inline SVG (`pictures.py`). A piece that was not
-measured is said to be missing, in words, at its place.
+The page loads nothing and runs nothing (`html_parts.py`); its pictures are inline SVG (`pictures.py`). A piece that was
+not measured is said to be missing, in words, at its place.
 """
 
 from __future__ import annotations
@@ -12,14 +12,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nsphere import pictures
-from nsphere.arms_table import descriptions, table_of_arms
-from nsphere.curves import mean_curve
-from nsphere.drawing import arm_styles, count
-from nsphere.inside_figures import inside_figures
-from nsphere.page import arm_title, block, escape, figure, folded, html_page, not_available, pair, section, table
+from nsphere.report import pictures
+from nsphere.report.arms_table import descriptions, table_of_arms
+from nsphere.report.curves import mean_curve
+from nsphere.report.drawing import arm_styles, count
+from nsphere.report.html_parts import (
+    arm_title,
+    block,
+    escape,
+    figure,
+    folded,
+    html_page,
+    not_available,
+    pair,
+    section,
+    table,
+)
+from nsphere.report.inside_figures import inside_figures
+from nsphere.report.verdict import answer, seed_losses
 from nsphere.train.files import atomic_write_text
-from nsphere.verdict import answer, seed_losses
 
 
 def write_report(summary: Mapping[str, Any], path: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nsphere.curves import headline_ratios, mean_curve
-from nsphere.drawing import arm_styles, count
-from nsphere.page import arm_title, escape, folded, table
-from nsphere.verdict import seed_losses
+from nsphere.report.curves import headline_ratios, mean_curve
+from nsphere.report.drawing import arm_styles, count
+from nsphere.report.html_parts import arm_title, escape, folded, table
+from nsphere.report.verdict import seed_losses
 
 
 def table_of_arms(summary: Mapping[str, Any]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nsphere.curves import headline_ratios, mean_curve, ngpt_arm
-from nsphere.drawing import arm_styles, count
+from nsphere.report.curves import headline_ratios, mean_curve, ngpt_arm
+from nsphere.report.drawing import arm_styles, count
 
 
 def answer(summary: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -14,7 +14,7 @@ from nsphere.train.ranks import ALONE, Ranks
 
 SCHEMA_VERSION = 2
 MANIFEST_FILE, STATE_FILE = "manifest.json", "state.json"
-MODEL_FOLDER, OPTIMIZER_FOLDER = "model", "optimizer"
+MODEL_FOLDER, OPTIMIZER_FOLDER = PARTS = "model", "optimizer"
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(rf"{re.escape(STATE_FILE)}|({MODEL_FOLDER}|{OPTIMIZER_FOLDER})/[\w-]+\.safetensors")
@@ -111,7 +111,7 @@ def _check_presence(folder: Path) -> dict[str, dict[str, Any]]:
             raise Broken(f"{name} can't be read ({error.strerror})") from error
         if size != written["bytes"]:
             raise Broken(f"{name} has {size} bytes, {written['bytes']} were written")
-    for part in (MODEL_FOLDER, OPTIMIZER_FOLDER):
+    for part in PARTS:
         for path in sorted((folder / part).glob("*")):
             if f"{part}/{path.name}" not in files:
                 raise Broken(f"{part}/{path.name} is not in {MANIFEST_FILE}; take it away")

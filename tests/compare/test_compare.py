@@ -10,11 +10,10 @@ import pytest
 import tiny
 import torch
 
-from nsphere import compare as compare_module
-from nsphere.compare import CompareConfig, compare
-from nsphere.curves import headline_ratios
-from nsphere.lr_sweep import Sweep, grid_lr
-from nsphere.table import comparison_table
+from nsphere.compare import CompareConfig, compare, comparison
+from nsphere.compare.lr_sweep import Sweep, grid_lr
+from nsphere.report.curves import headline_ratios
+from nsphere.report.terminal import comparison_table
 from nsphere.train.distributed import Layout, World
 from nsphere.train.files import read_jsonl
 from nsphere.train.run_folder import Result
@@ -124,8 +123,8 @@ def test_the_sweep_extends_the_grid_until_the_optimum_is_inside(tmp_path, monkey
             raise NonFinite("the loss is nan")
         return Result(1 + (math.log10(config.lr) + 2) ** 2, None, 1, 64, 0, 1, 0.0, "")
 
-    monkeypatch.setattr(compare_module, "train", loss_at)
-    comparison = compare_module._Comparison(
+    monkeypatch.setattr(comparison, "train", loss_at)
+    one = comparison._Comparison(
         WHAT,
         {"gpt": tiny.config(lr=1e-3)},
         tiny.options(),
@@ -135,7 +134,7 @@ def test_the_sweep_extends_the_grid_until_the_optimum_is_inside(tmp_path, monkey
         {},
         World(Layout(), torch.device("cpu")),
     )
-    sweep = comparison._sweep("gpt", 1e-3)
+    sweep = one._sweep("gpt", 1e-3)
     assert sweep.best == 0.01 and sweep.best_inside
     assert sorted(tried) == [grid_lr(i) for i in range(-16, -8)]  # 0.00063 … 0.016: no run beyond what was needed
     assert len(tried) == len(set(tried))
@@ -221,7 +220,7 @@ def test_what_diverged_is_null_and_said(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Trainer, "step", tiny.poisoned_step(2, arm="ngpt"))
     data = tiny.text_file(tmp_path)
     what = dataclasses.replace(WHAT, arms=("gpt", "ngpt"), timing_rounds=1)
-    monkeypatch.setattr(compare_module, "time_steps", lambda trainers, rounds: fake_costs(trainers))
+    monkeypatch.setattr(comparison, "time_steps", lambda trainers, rounds: fake_costs(trainers))
     summary = compare(what, tiny.config(), tiny.options(skip_nonfinite=True), data, tmp_path / "out")
     assert summary["arms"]["ngpt"]["skipped_steps"] == 1
     assert summary["arms"]["ngpt"]["seeds"]["0"]["train_curve"]["loss"][2] is None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from nsphere.drawing import ARM_COLOURS, CSS_NAMES, arm_styles, clean, swatch
+from nsphere.report.drawing import ARM_COLOURS, CSS_NAMES, arm_styles, clean, swatch
 
 LIGHT = {"--paper": "#ffffff", "--soft": "#f5f6f8"}
 LIGHT |= {css: colour for colour, css in CSS_NAMES.items()} | ARM_COLOURS

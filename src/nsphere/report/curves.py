@@ -20,9 +20,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 Arms = Mapping[str, Mapping[str, Any]]
+
+
+def is_finite(value: float | None) -> TypeGuard[float]:
+    """Whether a value was measured, and is a number."""
+    return value is not None and math.isfinite(value)
 
 
 def tokens_to_reach(curve_x: Sequence[float], curve_loss: Sequence[float | None], target: float) -> float | None:
@@ -90,7 +95,7 @@ def best_gpt_arm(arms: Arms) -> str | None:
     finals = {
         name: arm["final_val_loss"]
         for name, arm in arms.items()
-        if arm.get("architecture") == "gpt" and _is_finite(arm.get("final_val_loss"))
+        if arm.get("architecture") == "gpt" and is_finite(arm.get("final_val_loss"))
     }
     return min(finals, key=lambda name: finals[name]) if finals else None
 
@@ -241,7 +246,7 @@ def _measured(xs: Sequence[float], losses: Sequence[float | None]) -> tuple[list
     for before, after in itertools.pairwise(xs):
         if not after > before:
             raise ValueError(f"a curve's x must increase; received {before} followed by {after}; sort or drop repeats")
-    kept = [(x, loss) for x, loss in zip(xs, losses, strict=True) if loss is not None and math.isfinite(loss)]
+    kept = [(x, loss) for x, loss in zip(xs, losses, strict=True) if is_finite(loss)]
     return [x for x, _ in kept], [loss for _, loss in kept]
 
 
@@ -256,7 +261,3 @@ def _seconds(tokens: float | None, arm: Mapping[str, Any]) -> float | None:
 
 def _ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)

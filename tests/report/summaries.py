@@ -1,4 +1,4 @@
-"""Summaries of a comparison as `compare_summary.py` hands them over, made from formulas: quick to make."""
+"""Summaries of a comparison as `compare/summary.py` hands them over, made from formulas: quick to make."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import random
 from typing import Any
 
-from nsphere.curves import best_gpt_arm, headline_ratios, mean_curve, ratio_curve
+from nsphere.report.curves import best_gpt_arm, headline_ratios, mean_curve, ratio_curve
 
 MATRICES = ("W_q", "W_k", "W_v", "W_o", "W_u", "W_nu", "W_down")
 TOKENS_PER_STEP = 4096

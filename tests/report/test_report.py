@@ -16,8 +16,9 @@ import pytest
 import summaries
 from matplotlib.figure import Figure
 
-from nsphere import drawing, page, pictures, report, verdict
-from nsphere.curves import headline_ratios, ratio_curve
+from nsphere import report
+from nsphere.report import drawing, html_parts, pictures, verdict
+from nsphere.report.curves import headline_ratios, ratio_curve
 
 PICTURED = {
     "loss-tokens": 1,
@@ -444,13 +445,13 @@ class TestPictures:
         assert lightness[1] / lightness[0] > 1.5 and lightness[2] / lightness[1] > 1.5
 
     def test_ink_can_be_read_on_paper(self):
-        for colours in (page.LIGHT, page.DARK):
+        for colours in (html_parts.LIGHT, html_parts.DARK):
             for ink in ("--ink", "--muted"):
                 a, b = sorted(luminance(colours[name]) for name in (ink, "--paper"))
                 assert (b + 0.05) / (a + 0.05) >= 4.5  # WCAG AA
 
     def test_dark_page_has_every_colour(self):
-        assert set(page.DARK) == set(page.LIGHT)
+        assert set(html_parts.DARK) == set(html_parts.LIGHT)
 
     def test_unknown_arms_get_spare_styles(self):
         styles = drawing.arm_styles(["ngpt", "mine", "yours"])

@@ -7,7 +7,7 @@ import summaries
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsphere import curves
+from nsphere.report import curves
 
 LOSSES = st.integers(32, 640).map(lambda i: i / 64)
 

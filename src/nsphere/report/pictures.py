@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib import ticker
 from matplotlib.axes import Axes
 
-from nsphere.curves import mean_curve, tokens_to_reach
-from nsphere.drawing import INK, MUTED, arm_styles, count, line, picture, power_of_ten
+from nsphere.report.curves import is_finite, mean_curve, tokens_to_reach
+from nsphere.report.drawing import INK, MUTED, arm_styles, count, line, picture, power_of_ten
 
 
 def loss_picture(summary: Mapping[str, Any], against: str) -> str:
@@ -152,24 +152,24 @@ def sweep_picture(arms: Mapping[str, Mapping[str, Any]]) -> str:
     for name, arm in arms.items():
         if sweep := arm.get("lr_sweep"):
             points = sorted(zip(sweep["lr"], sweep["val_loss"], strict=True))
-            if any(_finite(loss) for _, loss in points):
+            if any(is_finite(loss) for _, loss in points):
                 sweeps[name] = points
     if not sweeps:
         return ""
-    losses = [loss for points in sweeps.values() for _, loss in points if _finite(loss)]
+    losses = [loss for points in sweeps.values() for _, loss in points if is_finite(loss)]
     bottom, top = min(losses), min(max(losses), 1.3 * min(losses))
     margin = 0.06 * (top - bottom) or 0.05
 
     def draw(axes: Axes) -> None:
         for name, points in sweeps.items():
             style = styles[name]
-            finite = [(lr, loss) for lr, loss in points if _finite(loss)]
+            finite = [(lr, loss) for lr, loss in points if is_finite(loss)]
             axes.plot(*zip(*finite, strict=True), **line(style))
             lr, loss = min(finite, key=lambda point: point[1])
             axes.plot(
                 lr, loss, "o", markersize=13, markerfacecolor="none", markeredgecolor=style.colour, markeredgewidth=1.6
             )
-            failed = [lr for lr, loss in points if not _finite(loss)]
+            failed = [lr for lr, loss in points if not is_finite(loss)]
             axes.plot(failed, [top] * len(failed), "x", color=style.colour, markersize=8, markeredgewidth=2)
         axes.set_xscale("log")
         axes.set_ylim(bottom - margin, top + margin)
@@ -180,7 +180,7 @@ def sweep_picture(arms: Mapping[str, Mapping[str, Any]]) -> str:
         axes.set_title("final validation loss, nats per token", color=MUTED)
 
     label = "Final loss against learning rate. " + "; ".join(
-        "{}: best {:.4g} at {:.2g}".format(styles[name].title, *min((y, x) for x, y in points if _finite(y)))
+        "{}: best {:.4g} at {:.2g}".format(styles[name].title, *min((y, x) for x, y in points if is_finite(y)))
         for name, points in sweeps.items()
     )
     return picture("sweep", label + ".", 460, 320, draw)
@@ -205,10 +205,7 @@ def layers_picture(
         size: natural width and height in CSS pixels.
     """
     styles = arm_styles(lines)
-    points = {
-        arm: [(i, v) for i, v in enumerate(values) if v is not None and math.isfinite(v)]
-        for arm, values in lines.items()
-    }
+    points = {arm: [(i, v) for i, v in enumerate(values) if is_finite(v)] for arm, values in lines.items()}
     points = {arm: values for arm, values in points.items() if values}
     if not points:
         return ""
@@ -298,10 +295,6 @@ def ridges_picture(name: str, title: str, layers: Sequence[Mapping[str, Any] | N
 def _every(xs: Sequence[float]) -> int:
     """About a dozen markers along a line, however many points it has."""
     return max(1, len(xs) // 12)
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _layer_axis(axis: Any, num_layers: int) -> None:

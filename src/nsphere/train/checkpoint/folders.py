@@ -7,8 +7,8 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+from nsphere.train.checkpoint.manifest import STEP_FOLDER, verify
 from nsphere.train.files import RunLock, fsync_folder
-from nsphere.train.manifest import STEP_FOLDER, verify
 
 logger = logging.getLogger(__name__)
 

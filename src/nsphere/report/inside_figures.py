@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nsphere import pictures
-from nsphere.drawing import arm_styles, clean, power_of_ten
-from nsphere.page import block, escape, figure, not_available, pair
+from nsphere.report import pictures
+from nsphere.report.drawing import arm_styles, clean, power_of_ten
+from nsphere.report.html_parts import block, escape, figure, not_available, pair
 
 EIGEN_LR = (("eigen_lr_attention", "α_A, attention"), ("eigen_lr_mlp", "α_M, MLP"))
 SCALES = (("s_qk", "s_qk, queries and keys"), ("s_u", "s_u, MLP in"), ("s_v", "s_ν, MLP gate"))

@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from nsphere.curves import best_gpt_arm, headline_ratios, ngpt_arm, ratio_curve
+from nsphere.compare.config import Sample
+from nsphere.compare.lr_sweep import Sweep
 from nsphere.generate import Sampling, generate
-from nsphere.lr_sweep import Sweep
 from nsphere.presets import PRESETS
+from nsphere.report.curves import best_gpt_arm, headline_ratios, ngpt_arm, ratio_curve
 from nsphere.train.arms import RECIPE_FIELDS, parse_arm
 from nsphere.train.data import Corpus
 from nsphere.train.files import read_jsonl
@@ -42,15 +43,6 @@ class ArmOutcome:
     cost: StepCost
     trainer: Trainer
     """The one that was timed: its settings count here, not its weights."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What every arm is asked to write."""
-
-    prompt: str
-    num_tokens: int
-    """0 asks for nothing."""
 
 
 def summarize(

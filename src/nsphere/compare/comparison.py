@@ -1,4 +1,4 @@
-"""The main job: arms trained side by side on the same batches, and what each needed to get where.
+"""The runs of a comparison, and the folder they leave.
 
 OUT/compare.json                    what is compared; a second start with other settings is refused
     arms/ARM/lr-LR-seed-SEED/       a run folder each (see train/run_folder.py), those of a sweep among them
@@ -11,14 +11,14 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nsphere.compare_summary import SCHEMA_VERSION, ArmOutcome, Sample, read_json, summarize
-from nsphere.lr_sweep import Sweep, sweep_lr
+from nsphere.compare.config import CompareConfig
+from nsphere.compare.lr_sweep import Sweep, sweep_lr
+from nsphere.compare.summary import SCHEMA_VERSION, ArmOutcome, read_json, summarize
 from nsphere.presets import make_model
 from nsphere.report import write_report
 from nsphere.train.config import RunOptions, TrainConfig, model_config, resolve, usual_lr
@@ -29,62 +29,15 @@ from nsphere.train.job import job
 from nsphere.train.loop import train
 from nsphere.train.machine import choose_device
 from nsphere.train.parallelize import check_layout
+from nsphere.train.precision import pin_dtype
 from nsphere.train.progress import say
 from nsphere.train.roll_call import RollCall
-from nsphere.train.run_folder import Result, check_same, check_writable
+from nsphere.train.run_folder import CONFIG_FILE, Result, check_same, check_writable
 from nsphere.train.signals import Interrupted, StopRequest
 from nsphere.train.timing import time_steps
-from nsphere.train.trainer import NonFinite, Trainer, micro_batch_size, pin_dtype
+from nsphere.train.trainer import NonFinite, Trainer, micro_batch_size
 
 COMPARE_FILE, SUMMARY_FILE, REPORT_FILE = "compare.json", "summary.json", "report.html"
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """What is compared."""
-
-    arms: tuple[str, ...] = ("gpt", "gpt-qknorm", "ngpt")
-    """Arms by name, such as gpt-qknorm-muon, ngpt-scalar-alpha, or ngpt:s_z_init=1 to change a field."""
-    seeds: int = 1
-    """How many seeds to train each arm with; seeds count up from --seed."""
-    arm_lr: tuple[str, ...] = ()
-    """Learning rates by arm, as ARM=LR; --lr sets that of all arms."""
-    sweep_lr: bool = False
-    """Tune each arm's learning rate first, on a grid that is extended until the optimum lies inside it."""
-    timing_rounds: int = 20
-    """Steps of each arm, by turns, from which the step times are taken."""
-    prompt: str | None = None
-    """What the samples continue; "def " if not given."""
-    sample_tokens: int = 400
-    """Length of each arm's sample."""
-
-    def __post_init__(self) -> None:
-        if not self.arms:
-            raise ValueError("no arms given; give some, such as --arms gpt ngpt")
-        if len(set(self.arms)) < len(self.arms):
-            raise ValueError(f"an arm is given twice in {' '.join(self.arms)}; give each once")
-        for name, least in (("seeds", 1), ("timing_rounds", 1), ("sample_tokens", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-
-    def sample(self) -> Sample:
-        """What each arm is asked to write."""
-        return Sample("def " if self.prompt is None else self.prompt, self.sample_tokens)
-
-    def learning_rates(self) -> dict[str, float]:
-        """`arm_lr`, parsed. Raises ValueError for what is not ARM=LR of a given arm."""
-        rates: dict[str, float] = {}
-        for item in self.arm_lr:
-            arm, _, text = item.rpartition("=")
-            if arm not in self.arms:
-                raise ValueError(f"--arm-lr {item}: {arm or item!r} is not among the arms {', '.join(self.arms)}")
-            if arm in rates:
-                raise ValueError(f"--arm-lr gives {arm} two learning rates; give one")
-            try:
-                rates[arm] = float(text)
-            except ValueError:
-                raise ValueError(f"--arm-lr {item}: {text!r} is not a number") from None
-        return rates
 
 
 def compare(
@@ -158,7 +111,7 @@ def lr_source(config: TrainConfig, arms: Mapping[str, TrainConfig], rates: Mappi
 def _check_folder(out: Path, resume: bool) -> None:
     """Refuse to write over a run or another comparison; before the data is read."""
     check_writable(out)
-    if (out / "config.json").exists():
+    if (out / CONFIG_FILE).exists():
         raise ValueError(f"{out} holds a single run; choose another --out for the comparison")
     if (out / COMPARE_FILE).exists() and not resume:
         raise ValueError(f"{out} exists; give --resume to continue it, or another --out")
