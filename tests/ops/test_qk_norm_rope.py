@@ -441,6 +441,8 @@ def test_activations_kept(place, compiled):
         pytest.skip(backends.why_not("compiled", "cpu"))
     overs = {"head": H + HKV, "full": 2, 4: 2 * (H + HKV), (2, 6): H + HKV}  # and how many statistics a token has
     for kind, over in itertools.product(("l2", "rms", "layer"), overs):
+        if compiled and (kind, over) not in (("l2", "head"), ("layer", (2, 6))):
+            continue  # each is a compilation
         for weight in ("none", "shared"):
             qk = build(kind, over, place, ROPES["half"], weight=weight, bias=False)
             qk.backend = "compiled" if compiled else None
@@ -452,8 +454,6 @@ def test_activations_kept(place, compiled):
             kept = bytes_kept(saved, beside=[*call.outputs, *qk.parameters(), *tables])
             expected = factors if weight == "none" else factors + 2 * B * t * (H + HKV) * D
             assert kept == expected, f"{kind} {over} {weight} {place}: {kept} bytes, {expected} promised"
-        if compiled and isinstance(over, tuple):
-            break
 
 
 def test_a_checkpoint_keeps_the_inputs_alone():

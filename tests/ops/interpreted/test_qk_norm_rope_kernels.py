@@ -45,7 +45,7 @@ def test_values_and_gradients(rope, place):
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     kind=st.sampled_from(["l2", "rms", "layer"]),
     over=st.sampled_from(["head", "full", 16]),
