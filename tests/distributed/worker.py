@@ -33,7 +33,7 @@ from nsphere.train.model_state import canonical_name
 from nsphere.train.muon import ShardedMuon
 from nsphere.train.trainer import Trainer
 
-STEPS = 10
+STEPS, FEW = 10, 4
 FULL = "gpt-qknorm:qk_norm_over=full"
 NANOGPT = ("gpt:convention=nanogpt,bias=true", "gpt:convention=nanogpt,tied=false")
 SHAPE: dict[str, Any] = {"d_model": 32, "num_heads": 4, "d_mlp": 64, "batch_size": 8, "steps": STEPS}
@@ -301,32 +301,34 @@ def refusal(make: Callable[[], Any]) -> str:
 def two_ranks(job: Job) -> dict[str, Any]:
     found: dict[str, Any] = {"parity": {}, "same_twice": {}, "mutations": {}, "sent": {}, "refused": {}}
     with world_of(dp_shard=2) as fsdp, world_of(tp=2) as tp, world_of(dp_replicate=2) as ddp:
-        for arm in ("ngpt", "gpt", FULL):
-            found["parity"][f"{arm} fsdp"] = job.against_one(arm, fsdp)
-            found["parity"][f"{arm} tp"] = job.against_one(arm, tp)
+        for arm, steps in (("ngpt", STEPS), ("gpt", FEW), (FULL, FEW)):
+            found["parity"][f"{arm} fsdp"] = job.against_one(arm, fsdp, steps)
+            found["parity"][f"{arm} tp"] = job.against_one(arm, tp, steps)
         found["parity"]["ngpt replicated"] = job.against_one("ngpt", ddp)
         for arm in ("ngpt", "gpt-qknorm", FULL):
-            found["parity"][f"{arm} multi-query tp"] = job.against_one(arm, tp, 6, num_kv_heads=1)
+            found["parity"][f"{arm} multi-query tp"] = job.against_one(arm, tp, FEW, num_kv_heads=1)
         # 33 columns of W_down are not shared evenly by two: the projection then needs its all-reduce
-        found["parity"]["ngpt odd fsdp"] = job.against_one("ngpt", fsdp, 6, d_mlp=33)
-        found["parity"]["gpt-tied fsdp"] = job.against_one("gpt-tied", fsdp, 6)
+        found["parity"]["ngpt odd fsdp"] = job.against_one("ngpt", fsdp, FEW, d_mlp=33)
+        found["parity"]["gpt-tied fsdp"] = job.against_one("gpt-tied", fsdp, FEW)
         for arm in NANOGPT:
-            found["parity"][f"{arm} fsdp"] = job.against_one(arm, fsdp, 6)
-        found["parity"]["gpt-tied tp"] = job.against_one("gpt-tied", tp, 6)
-        found["parity"]["norm of one's own tp"] = job.against_one("gpt:qk_norm=tests-own", tp, 6)
-        found["parity"]["qk-clip fsdp"] = job.against_one("gpt:qk_clip=0.01", fsdp, 6)
+            found["parity"][f"{arm} fsdp"] = job.against_one(arm, fsdp, FEW)
+        found["parity"]["gpt-tied tp"] = job.against_one("gpt-tied", tp, FEW)
+        found["parity"]["norm of one's own tp"] = job.against_one("gpt:qk_norm=tests-own", tp, FEW)
+        found["parity"]["qk-clip fsdp"] = job.against_one("gpt:qk_clip=0.01", fsdp, FEW)
         for arm in ("ngpt-forward", "ngpt-scalar-suv", "ngpt:convention=nvidia"):
             found["parity"][f"{arm} tp"] = job.against_one(arm, tp, 3)
         found["bf16"] = {
             "fsdp": job.against_one("ngpt", fsdp, 3, dtype="bfloat16"),
             "tp": job.against_one("ngpt", tp, 3, dtype="bfloat16"),
         }
-        found["muon"] = {name: job.against_one("gpt-muon", world, 6) for name, world in (("fsdp", fsdp), ("ddp", ddp))}
-        found["muon"]["ngpt odd fsdp"] = job.against_one("ngpt:optimizer=muon", fsdp, 6, d_mlp=33)
+        found["muon"] = {
+            name: job.against_one("gpt-muon", world, FEW) for name, world in (("fsdp", fsdp), ("ddp", ddp))
+        }
+        found["muon"]["ngpt odd fsdp"] = job.against_one("ngpt:optimizer=muon", fsdp, FEW, d_mlp=33)
         found["muon_bits"] = muon_bits(fsdp)
         found["same_start"] = same_start(job, fsdp)
         with world_of(tp=2, activation_checkpointing=True) as ac:
-            found["parity"]["ngpt checkpointed tp"] = job.against_one("ngpt", ac, 6)
+            found["parity"]["ngpt checkpointed tp"] = job.against_one("ngpt", ac, FEW)
         for name, world in (("fsdp", fsdp), ("tp", tp)):
             found["same_twice"][name] = same_twice(job, "ngpt", world)
         worlds, sound = {"fsdp": fsdp, "tp": tp}, {}
@@ -370,7 +372,7 @@ def four_ranks(job: Job) -> dict[str, Any]:
         world_of(dp_replicate=2, tp=2) as ddp_tp,
         world_of(tp=4) as tp,
     ):
-        for arm, steps in (("ngpt", STEPS), ("gpt", 6), (FULL, 6)):
+        for arm, steps in (("ngpt", STEPS), ("gpt", FEW), (FULL, FEW)):
             for name, world in (("fsdp 4", fsdp), ("hsdp 2x2", hsdp), ("fsdp 2 x tp 2", fsdp_tp)):
                 found["parity"][f"{arm} {name}"] = job.against_one(arm, world, steps)
         found["parity"][f"{FULL} two key heads, tp 4"] = job.against_one(FULL, tp, 2, num_kv_heads=2)
@@ -378,7 +380,7 @@ def four_ranks(job: Job) -> dict[str, Any]:
         found["parity"]["ngpt multi-query fsdp 2 x tp 2"] = job.against_one("ngpt", fsdp_tp, 3, num_kv_heads=1)
         found["parity"]["gpt-tied fsdp 2 x tp 2"] = job.against_one("gpt-tied", fsdp_tp, 3)
         found["muon"] = {
-            name: job.against_one("gpt-muon", world, 6) for name, world in (("fsdp 4", fsdp), ("hsdp 2x2", hsdp))
+            name: job.against_one("gpt-muon", world, FEW) for name, world in (("fsdp 4", fsdp), ("hsdp 2x2", hsdp))
         }
         found["muon_bits"] = muon_bits(fsdp)
         found["same_start"] = same_start(job, fsdp_tp)
