@@ -2,7 +2,6 @@
 
 import json
 
-import needs
 import pytest
 import tiny
 import torch
@@ -149,12 +148,6 @@ def test_greedy_tokens_are_theirs(activation):
         assert greedy(theirs, "left", cache_implementation=cache) == expected
     ours = hf.from_hf(theirs)
     assert our_greedy(ours) == our_greedy(ours, grow=False) == expected
-
-
-@needs.compiler
-def test_compiled_steps_make_their_tokens():
-    theirs = gpt2(n_layer=1).double()
-    assert our_greedy(hf.from_hf(theirs), compile=True) == greedy(theirs, "left")
 
 
 def call(capsys, *argv):
