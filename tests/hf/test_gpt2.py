@@ -48,11 +48,17 @@ def make(**fields):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"activation_function": "gelu"}, {"n_inner": 40, "tie_word_embeddings": False, "layer_norm_epsilon": 0.1}],
+    [
+        {},
+        {"activation_function": "gelu"},
+        {"activation_function": "gelu_pytorch_tanh"},
+        {"n_inner": 40, "tie_word_embeddings": False, "layer_norm_epsilon": 0.1},
+    ],
 )
 def test_their_model_as_ours(changes):
     theirs = gpt2(**changes).double()
     ours = hf.from_hf(theirs)
+    assert not ours.training
     assert (ours.config.tied, ours.config.norm_eps) == (
         changes.get("tie_word_embeddings", True),
         changes.get("layer_norm_epsilon", 1e-5),
@@ -80,6 +86,7 @@ def test_their_model_as_ours(changes):
     back = hf.to_hf(ours)
     assert all(torch.equal(t, back.state_dict()[name]) for name, t in theirs.state_dict().items())
     assert (back.config.tie_word_embeddings, back.config.n_inner) == (ours.config.tied, ours.config.d_mlp)
+    assert [back.config.resid_pdrop, back.config.embd_pdrop, back.config.attn_pdrop] == [0.0] * 3  # 0.1 by default
 
 
 def test_a_head_that_is_not_tied_but_equal_is_kept_apart():
