@@ -131,6 +131,7 @@ def continued(model, requests, **options):
 @pytest.mark.parametrize(
     ("architecture", "fields"),
     [
+        ("gpt", {}),
         ("gpt", {"qk_norm": "rms"}),
         ("ngpt", {}),
         ("ngpt", {"num_kv_heads": 1}),

@@ -391,6 +391,7 @@ def checkpoint(path, of, *, masks=False, **more):
     if masks:
         for i in range(2):
             state[f"_orig_mod.transformer.h.{i}.attn.bias"] = torch.ones(8, 8).tril().view(1, 1, 8, 8)
+            state[f"_orig_mod.transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     content = {
         "model": state,
         "optimizer": torch.optim.AdamW(of.parameters()).state_dict(),

@@ -63,3 +63,25 @@ def test_a_seed_gives_a_model():
 def test_an_unknown_architecture():
     with pytest.raises(ValueError, match="unknown architecture 'bert'; choose gpt, ngpt"):
         make_config("bert")
+
+
+def test_weights_of_another_convention_are_refused(tmp_path):
+    """Those of paper and nvidia have the same names and shapes: torch alone would load one into the other."""
+    shape = {"vocab_size": 11, "context": 8, "d_model": 8, "num_layers": 1, "num_heads": 2}
+    for architecture, theirs, ours in (
+        ("ngpt", "nvidia", "paper"),
+        ("ngpt", "paper", "nvidia"),
+        ("gpt", "nvidia", "paper"),
+        ("gpt", "nanogpt", "paper"),
+    ):
+        source = make_model(make_config(architecture, **shape, convention=theirs))
+        model = make_model(make_config(architecture, **shape, convention=ours))
+        torch.save(source.state_dict(), tmp_path / "weights.pt")
+        for state in (source.state_dict(), torch.load(tmp_path / "weights.pt")):
+            with pytest.raises(ValueError, match=f"are of convention '{theirs}' and the model is of '{ours}'"):
+                model.load_state_dict(state)
+        twin = make_model(source.config)
+        twin.load_state_dict(torch.load(tmp_path / "weights.pt"))
+        assert all(torch.equal(t, twin.state_dict()[name]) for name, t in source.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .*final_norm.weight"):
+        model.load_state_dict(dict(make_model(make_config("ngpt", **shape)).state_dict()))

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -178,6 +179,19 @@ class SwiGLU(nn.Module):
         return self.W_down(self.W_u(x) * F.silu(self.W_nu(x)))
 
 
+def _note_convention(model: "Decoder", state: object, prefix: str, metadata: dict[str, Any]) -> None:
+    metadata["convention"] = model.config.convention
+
+
+def _check_noted_convention(model: "Decoder", state: object, prefix: str, metadata: dict[str, Any], *_: object) -> None:
+    """Weights of paper and nvidia have the same names and shapes; a state dict notes which they are."""
+    if (theirs := metadata.get("convention", model.config.convention)) != model.config.convention:
+        raise ValueError(
+            f"these weights are of convention {theirs!r} and the model is of {model.config.convention!r}, which would "
+            f"compute something else with them; make it with convention={theirs!r}"
+        )
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, final norm, output head: the frame that GPT and nGPT fill.
 
@@ -210,6 +224,8 @@ class Decoder(nn.Module):
             cos, sin = self.make_rope_tables(config.context)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
+        self.register_state_dict_post_hook(_note_convention)
+        self.register_load_state_dict_pre_hook(_check_noted_convention)
 
     def check_convention(self, config: DecoderConfig) -> None:
         """Raise ValueError for a config of which this class is not the model."""

@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 from nsphere import hf  # noqa: E402
 from nsphere.fold import fold  # noqa: E402
-from nsphere.generate import generate  # noqa: E402
+from nsphere.generate import Generation, Request, Sampling, generate  # noqa: E402
 from nsphere.hypersphere import assert_on_hypersphere, max_norm_deviation, normalize_matrices_  # noqa: E402
 from nsphere.optim import keep_on_hypersphere  # noqa: E402
 from nsphere.presets import make_config, make_model  # noqa: E402
@@ -166,7 +166,9 @@ def test_flex_attention():
     theirs.set_attn_implementation("flex_attention")
     with torch.compiler.set_stance("force_eager"):
         logits = theirs(TOKENS).logits
+        drawn = greedy(theirs, max_new_tokens=4)
     torch.testing.assert_close(logits, ours(TOKENS), rtol=1e-4, atol=1e-5)
+    assert drawn == [row[:4] for row in our_greedy(ours)]
 
 
 @torch.no_grad()
@@ -210,23 +212,67 @@ def greedy(theirs, **options):
     """What transformers makes of both prompts side by side, the shorter one padded on its left."""
     tokens = torch.tensor([PROMPTS[0], [0, 0, 0, *PROMPTS[1]]])
     mask = torch.tensor([[1] * 5, [0, 0, 0, 1, 1]])
-    made = theirs.generate(tokens, attention_mask=mask, max_new_tokens=15, do_sample=False, pad_token_id=0, **options)
-    return made[:, 5:].tolist()
+    options = {"max_new_tokens": 15, "do_sample": False, "pad_token_id": 0} | options
+    return theirs.generate(tokens, attention_mask=mask, **options)[:, 5:].tolist()
 
 
 def our_greedy(ours, **options):
-    from nsphere.generate import Sampling
+    """What nsphere makes of both side by side, without padding."""
+    drawn = [[] for _ in PROMPTS]
+    for tokens in Generation(fold(ours), [Request(p, 15, Sampling(0.0)) for p in PROMPTS], **options):
+        for row, token in tokens.items():
+            drawn[row].append(token)
+    return drawn
 
-    return [list(generate(fold(ours), prompt, 15, Sampling(0.0), **options)) for prompt in PROMPTS]
 
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("case", ["paper", "gqa", "nvidia", "qwen3"])
-def test_greedy_generation_is_ours_token_for_token(case, cache):
+@pytest.mark.parametrize("case", ["paper", "gqa", "nvidia", "llama", "qwen3"])
+def test_greedy_generation_is_ours_token_for_token(case):
     ours = make(case).double()  # fp64: no ties that rounding could break
-    made = greedy(hf.to_hf(ours), cache_implementation=cache)
-    assert made == our_greedy(ours)
-    assert len(set(made[0])) > 1
+    theirs, expected = hf.to_hf(ours), our_greedy(ours)
+    assert our_greedy(ours, grow=False) == expected
+    for cache in ("dynamic", "static"):
+        assert greedy(theirs, cache_implementation=cache) == expected, cache
+    assert len(set(expected[0])) > 1 and expected[0] != expected[1]
+
+
+def caches(config):
+    """One of every class in transformers that can hold an nGPT's keys and values unrounded."""
+    known = transformers.cache_utils
+    layers = [known.DynamicLayer, lambda: known.DynamicSlidingWindowLayer(sliding_window=64)]
+    layers += [known.DynamicIndexedLayer] if hasattr(known, "DynamicIndexedLayer") else []
+    yield known.DynamicCache()
+    yield known.DynamicCache(config=config)
+    yield known.StaticCache(config=config, max_cache_len=40)
+    for layer in layers:
+        yield known.Cache(layer_class_to_replicate=layer)
+
+
+def test_every_cache_makes_the_same_tokens():
+    ours = make("gqa").double()
+    theirs, expected = hf.to_hf(ours), our_greedy(ours)
+    for cache in caches(theirs.config):
+        assert greedy(theirs, past_key_values=cache, max_new_tokens=6) == [row[:6] for row in expected], cache
+    for name in ("sliding_window", "hybrid", "hybrid_chunked"):  # older names of the static one
+        assert greedy(theirs, cache_implementation=name) == expected, name
+
+
+def test_continuous_batching_makes_the_same_tokens():
+    """More requests than a step has room for, prompts read in parts, and a beginning that two of them share."""
+    kind = getattr(transformers, "ContinuousBatchingConfig", None)
+    if kind is None:
+        pytest.skip("this transformers has no ContinuousBatchingConfig")
+    ours = make("gqa").double()
+    theirs = hf.to_hf(ours)
+    prompts = [[*PROMPTS[0], 9, 2, 6], [*PROMPTS[0], 8], *PROMPTS]
+    expected = [list(generate(fold(ours), prompt, 6, Sampling(0.0))) for prompt in prompts]
+    drawn = theirs.generate_batch(
+        prompts,
+        generation_config=transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1),
+        # without these numbers the cache is nine tenths of the machine's memory
+        continuous_batching_config=kind(num_blocks=8, page_size=4, max_batch_tokens=8),
+        progress_bar=False,
+    )
+    assert [row.generated_tokens for row in drawn.values()] == expected
 
 
 @pytest.mark.parametrize(
@@ -260,8 +306,9 @@ def test_every_attention_makes_the_same_tokens(attention):
 
 
 @needs.compiler
-def test_our_compiled_steps_make_the_same_tokens():
-    ours = make("gqa", num_layers=1)
+@pytest.mark.parametrize("case", ["gqa", "qwen3"])
+def test_our_compiled_steps_make_the_same_tokens(case):
+    ours = make(case, num_layers=1)
     assert our_greedy(ours, compile=True) == greedy(hf.to_hf(ours))
 
 
@@ -311,13 +358,14 @@ def test_a_cache_in_fp8_gives_nearly_the_same_logits(case):
     assert 1e-4 < relative_error(hf.to_hf(make(case)), {"backend": "fp8"}) < 0.02
 
 
-def test_a_quantized_cache_gives_nearly_the_same_logits():
-    pytest.importorskip("optimum.quanto")
+@pytest.mark.parametrize(("backend", "package"), [("quanto", "optimum.quanto"), ("hqq", "hqq")])
+def test_a_quantized_cache_gives_nearly_the_same_logits(backend, package):
+    pytest.importorskip(package)
     theirs = hf.to_hf(make("paper"))
     errors = []
     for nbits in (4, 2):
-        # quanto's groups, of 64 numbers if not given, must divide heads · head_dim, which here is 24
-        config = {"backend": "quanto", "nbits": nbits, "residual_length": 4, "q_group_size": 24}
+        # groups, of 64 numbers if not given, must divide heads · head_dim, which here is 24
+        config = {"backend": backend, "nbits": nbits, "residual_length": 4, "q_group_size": 24}
         errors.append(relative_error(theirs, config))
     assert 1e-4 < errors[0] < 0.05 and 2 * errors[0] < errors[1] < 0.5, errors
 
@@ -384,11 +432,38 @@ def test_a_fresh_model_is_on_the_sphere_and_loading_leaves_every_bit(tmp_path):
         ({"softmax_scale": -1}, "softmax_scale must be a positive number, got -1"),
         ({"s_z_scale": 0.0}, "s_z_scale must be a positive number, got 0.0"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
+        ({"sliding_window": 4}, "sliding_window is 4, which nGPT does not have; leave it out"),
+        ({"layer_types": ["sliding_attention"] * 4}, "layer_types is .*, which nGPT does not have"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters is .*, which nGPT does not have"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True, which nGPT does not have"),
     ],
 )
 def test_a_config_that_cannot_be(change, message):
     with pytest.raises(ValueError, match=message):
         hf.NGPTConfig(**change)
+
+
+def test_weights_that_belong_to_another_model(tmp_path):
+    """Paper and nvidia have the same names and shapes, so that torch alone would load one into the other."""
+    state = hf.to_hf(make("nvidia")).state_dict()
+    model = hf.to_hf(make("paper"))
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pt")
+    for found in (state, torch.load(tmp_path / "weights.pt")):
+        with pytest.raises(ValueError, match="are of convention 'nvidia' and the model is of 'paper', .* make it with"):
+            model.load_state_dict(found)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    for name, change, message in (
+        ("lm_head.weight", None, r'Missing key\(s\) in state_dict: "lm_head.weight"'),
+        ("lm_head.bias", torch.ones(31), r'Unexpected key\(s\) in state_dict: "lm_head.bias"'),
+        ("lm_head.weight", torch.ones(30, 24), r"size mismatch for lm_head.weight: .*\[30, 24\]"),
+    ):
+        changed = {n: t for n, t in (state | {name: change}).items() if t is not None}
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict(changed)
+    other = hf.to_hf(make("nvidia", eigen_lr_init=0.05))
+    other.load_state_dict(state)
+    assert torch.equal(other(TOKENS).logits, hf.to_hf(make("nvidia"))(TOKENS).logits)
 
 
 class Batches(torch.utils.data.Dataset):

@@ -1,5 +1,6 @@
 """transformers' server on an exported folder, asked by OpenAI's own client."""
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -108,6 +109,9 @@ def test_a_chat_template_that_cannot_be(run, tmp_path, capsys):
         assert cli.main(["export", str(run.folder), str(tmp_path / "x"), "--chat-template", str(template)]) == 2
         out, err = capsys.readouterr()
         assert message in err and (out, err.count("\n")) == ("", 1)
+    tokens_alone = dataclasses.replace(run, tokenizer=None)
+    with pytest.raises(ValueError, match="trained on tokens without a tokenizer, which a chat template is part of"):
+        export(tokens_alone, tmp_path / "x", "hf", template)
     flags = ["--to", "safetensors", "--chat-template", str(template)]
     assert cli.main(["export", str(run.folder), str(tmp_path / "x.safetensors"), *flags]) == 2
     assert "belongs to a transformers folder, not to --to safetensors" in capsys.readouterr().err

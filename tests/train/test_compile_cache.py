@@ -14,6 +14,7 @@ def test_only_what_nobody_is_building(tmp_path, monkeypatch) -> None:
     for name, path in paths.items():
         path.write_bytes(content[name])
     (tmp_path / "ab" / "cempty.main.cpp").touch()
+    (tmp_path / "ab" / "cgone.main.so").symlink_to(tmp_path / "nowhere")  # what can't be opened stops nothing
     (tmp_path / "nsphere").mkdir()
     (tmp_path / "nsphere" / "cother.so").touch()  # built under no lock of torch
     with FileLock(tmp_path / "locks" / "cbuilding.lock"):
@@ -21,6 +22,7 @@ def test_only_what_nobody_is_building(tmp_path, monkeypatch) -> None:
     assert sorted(path for path in (tmp_path / "ab").iterdir()) == [
         paths["building"],
         tmp_path / "ab" / "cempty.main.cpp",
+        tmp_path / "ab" / "cgone.main.so",
         paths["whole"],
     ]
     assert remove_unwritten_libraries() == [paths["building"]]

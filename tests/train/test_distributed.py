@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nsphere.presets import make_config, make_model
 from nsphere.train.distributed import Layout, World, name_of_this_start, start
+from nsphere.train.parallelize import parallelize
 from nsphere.train.ranks import LostRank
 
 
@@ -78,3 +80,23 @@ def test_a_rank_that_never_comes_is_named() -> None:
         come[0].result()
     with pytest.raises(LostRank, match="^a rank of 3 did not come within 1 s; start the job again$"):
         come[1].result()
+
+
+def test_activation_checkpointing_computes_blocks_again() -> None:
+    """And gives the same gradients. Compiled and sharded: tests/distributed."""
+    config = make_config("ngpt", vocab_size=11, context=8, d_model=8, num_layers=2, num_heads=2)
+    tokens = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = make_model(config)
+        calls: list[int] = []
+        block = model.blocks[1]
+        block.mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        world = World(Layout(1, 1, 1, activation_checkpointing=checkpointing), torch.device("cpu"))
+        parallelize(model, world, None, compile=False)
+        model.loss(tokens, tokens).backward()
+        assert len(calls) == 1 + checkpointing
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)

@@ -142,6 +142,11 @@ class NGPTConfig(PreTrainedConfig):
                 f"num_attention_heads {num_attention_heads} is not divisible by num_key_value_heads "
                 f"{num_key_value_heads}; each key/value head serves the same number of query heads"
             )
+        absent = ["sliding_window", "attention_chunk_size", "rope_scaling", "rope_parameters", "tie_word_embeddings"]
+        if set(kwargs.get("layer_types") or ()) - {"full_attention"}:
+            absent.append("layer_types")  # caches would go by it, and masks would not
+        if asked := [name for name in absent if kwargs.get(name)]:
+            raise ValueError(f"{asked[0]} is {kwargs[asked[0]]!r}, which nGPT does not have; leave it out")
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 
@@ -337,6 +342,19 @@ class NGPTPreTrainedModel(PreTrainedModel):
             init.copy_(module.weight, nn.functional.normalize(weight, dim=dims["weight"]).to(module.weight.dtype))
 
 
+def _note_convention(model: "NGPTModel", state: Any, prefix: str, metadata: dict[str, Any]) -> None:
+    metadata["convention"] = model.config.convention
+
+
+def _check_convention(model: "NGPTModel", state: Any, prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+    """The names and shapes of both conventions are the same."""
+    if (theirs := metadata.get("convention", model.config.convention)) != model.config.convention:
+        raise ValueError(
+            f"these weights are of convention {theirs!r} and the model is of {model.config.convention!r}, which would "
+            f"compute something else with them; make it with convention={theirs!r}"
+        )
+
+
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 
 
@@ -348,6 +366,8 @@ class NGPTModel(NGPTPreTrainedModel):
         self.embed_tokens = on_sphere(nn.Embedding(config.vocab_size, config.hidden_size), 1)
         self.layers = nn.ModuleList(NGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
+        self.register_state_dict_post_hook(_note_convention)
+        self.register_load_state_dict_pre_hook(_check_convention)
         self.post_init()
 
     @can_return_tuple
