@@ -159,13 +159,12 @@ def _one_line(box: str, name: str) -> str:
     """What tyro says in a box, as a sentence, with where to find help."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in text.splitlines()]
-    kept = [line for line in lines if line and not re.match(r"[╭╰├─-]", line)]
+    lines = [line for line in lines if line]
+    if len(lines) > 1 and re.fullmatch("-+", lines[1]):
+        del lines[0]  # the title, which stands above a rule where the terminal has no letters for a box
+    kept = [line for line in lines if not re.match(r"[╭╰├+]|[─-]+$", line)]
     nearest = [line.split()[0] for line in lines if re.match(r"--\w", line)]
     text = " ".join(kept)
-    text = text.replace("Invalid choice invalid", "invalid").replace(
-        "Unrecognized options Unrecognized", "unrecognized"
-    )
-    text = text.replace("Value error ", "")  # what a config's own check says is a sentence of its own
     # the group that a flag belongs to is of no concern to who typed it
     text = re.sub(r"Error parsing (what|config|data|options(\.layout)?|sampling): ", "", text)
     # the choices come in an order that changes from run to run, with the None of a flag that was not given
@@ -174,7 +173,13 @@ def _one_line(box: str, name: str) -> str:
         lambda m: "choose " + ", ".join(sorted(set(re.findall(r"'(.+?)'", m[1])) - {"None"})),
         text,
     )
-    text = re.sub(r"Required options Missing from nsphere [\w ]+: ", "missing: ", text)
+    text = re.sub(r"Missing from nsphere [\w ]+: ", "missing: ", text)
+    text = text.replace(" (required)", "")
+    for python, plain in (
+        ("invalid literal for int.. with base 10", "whole number"),
+        ("could not convert string to float", "number"),
+    ):
+        text = re.sub(rf"Error parsing (--[\w-]+): {python}: ", rf"\1 takes a {plain}, got ", text)
     said = re.split(r"Perhaps you meant:|Argument helptext:|\.? Got errors:|For full helptext", text)[0].strip(" .")
     if "Perhaps you meant" in text and nearest:
         said += f"; did you mean {' or '.join(nearest[:2])}?"
@@ -241,7 +246,7 @@ def _generate(argv: list[str]) -> None:
     class Generate:
         """Continue a prompt, or several side by side, with a trained model."""
 
-        run: Annotated[Path, tyro.conf.Positional]
+        run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
         """A run folder, or one of its checkpoints."""
         prompt: tuple[str, ...] = ("def ",)
         """What to continue. One is shown as it is made, several when all are done; prompt i has the seed SEED + i."""
@@ -314,7 +319,7 @@ def _inspect(argv: list[str]) -> None:
     class Inspect:
         """Condition numbers, attention logits, eigen learning rates and scales of a trained model."""
 
-        run: Annotated[Path, tyro.conf.Positional]
+        run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
         """A run folder, or one of its checkpoints."""
         out: Path | None = None
         """The page to write; inspection.html in the run folder if not given."""
@@ -358,7 +363,7 @@ def _eval(argv: list[str]) -> None:
     class Eval:
         """Loss, perplexity and bits per byte of a trained model on validation text, by context length."""
 
-        run: Annotated[Path, tyro.conf.Positional]
+        run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
         """A run folder, or one of its checkpoints."""
         data: str | None = None
         """Other data than the run's, as of nsphere train; its validation part is used, with the run's tokenizer."""
@@ -425,10 +430,10 @@ def _import(argv: list[str]) -> None:
     class Import:
         """Make a run folder of a model from elsewhere."""
 
-        source: Annotated[Path, tyro.conf.Positional]
+        source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
         """A .safetensors of nsphere export, a transformers folder (nGPT, GPT-2, Llama, Qwen3), a ckpt.pt of nanoGPT or
         NVIDIA/ngpt, or a saved state dict of PyPI's nGPT-pytorch."""
-        out: Annotated[Path, tyro.conf.Positional]
+        out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
         """The run folder to make."""
         num_heads: int | None = None
         """Heads, where the source does not say."""
@@ -463,9 +468,9 @@ def _export(argv: list[str]) -> None:
     class Export:
         """Write a trained model in the format of another tool."""
 
-        run: Annotated[Path, tyro.conf.Positional]
+        run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
         """A run folder, or one of its checkpoints."""
-        out: Annotated[Path, tyro.conf.Positional]
+        out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
         """The folder (hf) or file (.safetensors, .pt2, .onnx) to make."""
         to: Literal["hf", "safetensors", "torch-export", "onnx"] = "hf"
         """hf: a transformers folder; safetensors: one file; torch-export, onnx: a program from tokens to logits."""
@@ -484,7 +489,7 @@ def _serve(argv: list[str]) -> None:
     class Serve:
         """Answer OpenAI's clients from an exported transformers folder, with transformers' own server."""
 
-        folder: Annotated[Path, tyro.conf.Positional]
+        folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
         """What `nsphere export` has written."""
         host: str = "localhost"
         """Address to listen at."""
@@ -547,6 +552,12 @@ def _bench(argv: list[str]) -> None:
     for name, value in vars(args).items():
         if type(value) is int and value < 1:  # they all are numbers of something
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if args.json is not None:  # before minutes of measuring
+        from nsphere.train.run_folder import check_writable
+
+        if args.json.is_dir():
+            raise ValueError(f"--json {args.json} is a folder; give a file to write the numbers to")
+        check_writable(args.json.parent)
     module.main(args)
 
 
