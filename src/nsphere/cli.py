@@ -276,7 +276,10 @@ def _generate(argv: list[str]) -> None:
             raise ValueError(f"--compile: {ability.reason}; leave it out")
     run = load_run(args.run, device)
     if run.tokenizer is None:
-        raise ValueError(f"{args.run} was trained on tokens without a tokenizer, so text can't be made from it")
+        raise ValueError(
+            f"{args.run} has no tokenizer, being trained on tokens, or imported without one, so that text can't be made "
+            "from it; nsphere import takes --tokenizer"
+        )
     texts = list(args.prompt)
     with run.autocast():
         pieces = generate_texts(
@@ -455,6 +458,13 @@ def _import(argv: list[str]) -> None:
         options=args.option,
     )
     print(f"{args.out}: {found.config['architecture']}, {found.model.num_parameters():,} parameters, step {found.step}")
+    if found.tokenizer is None:
+        print("no tokenizer, which texts need (generate, eval on texts): import it with --tokenizer to have one")
+    elif (there := found.tokenizer.vocab_size) < (vocab_size := found.model.config.vocab_size):
+        print(
+            f"a tokenizer of {there} tokens for a model of {vocab_size}: right if the rest is padding, else import it "
+            "with the --tokenizer that it was trained with"
+        )
 
 
 def _export(argv: list[str]) -> None:
