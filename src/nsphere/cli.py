@@ -277,7 +277,7 @@ def _generate(argv: list[str]) -> None:
     run = load_run(args.run, device)
     if run.tokenizer is None:
         raise ValueError(
-            f"{args.run} has no tokenizer, being trained on tokens, or imported without one, so that text can't be made "
+            f"{args.run} has no tokenizer, being trained on tokens or imported without, so text can't be made "
             "from it; nsphere import takes --tokenizer"
         )
     texts = list(args.prompt)
