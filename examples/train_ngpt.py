@@ -2,7 +2,7 @@
 
     python examples/train_ngpt.py
 
-Learns bytes of Python's standard library for 160 steps and writes a little code. Under a minute on two CPU cores.
+Learns bytes of Python's standard library for 120 steps and writes a little code. Under a minute on two CPU cores.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from nsphere.generate import Sampling, generate
 def main() -> None:
     """Train, check the sphere, sample."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=120)
     args = parser.parse_args()
 
     torch.manual_seed(0)

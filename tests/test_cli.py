@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import subprocess
@@ -38,6 +39,25 @@ def assert_refused(result: tuple[int, str, str], message: str) -> None:
     assert out == ""
     assert err.count("\n") == 1, f"not one line: {err!r}"
     assert re.search(message, err), err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro draws its boxes with other signs in each
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train", "missing: --out PATH The run folder"),
+        ("import", "missing: SOURCE A .safetensors of .* RUN The run folder to make"),
+        ("serve folder --port text", "--port takes a whole number, got 'text'"),
+        ("generate run --temperature hot", "--temperature takes a number, got 'hot'"),
+        ("info --bogus", "Unrecognized options: --bogus"),
+        ("export run out --to gguf", "invalid choice 'gguf' for argument '--to'. choose hf, onnx, safetensors"),
+    ],
+)
+def test_what_the_flag_parser_says_is_one_sentence(capsys, monkeypatch, words, said, encoding) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    name = words.split()[0]
+    assert cli.main(words.split()) == 2
+    assert re.fullmatch(f"nsphere {name}: {said}.*; nsphere {name} --help tells the flags\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +184,7 @@ def test_train_generate_inspect(capsys, tmp_path, text) -> None:
     assert_refused(call(capsys, "generate", run, "--temperature", "-1"), "temperature must be a number from 0 up")
     assert_refused(call(capsys, "generate", tmp_path), "is not a run folder")
 
-    assert_refused(call(capsys, "generate"), "missing: PATH A run folder")
+    assert_refused(call(capsys, "generate"), "missing: RUN A run folder")
     for command in ("generate", "eval", "inspect"):
         assert_refused(call(capsys, command, tmp_path / "none"), "none does not exist; give a run folder")
     for out, why in ((tmp_path, "it is a folder"), (tmp_path / "none" / "x.json", "there is no folder")):

@@ -52,6 +52,8 @@ def test_our_own_export_and_back_bit_for_bit(run, tmp_path, capsys, to):
         assert call(capsys, "generate", tmp_path / "back", *flags) == expected
     else:
         assert (back.config, back.step) == (run.config, 4)
+        assert "no tokenizer, which texts need" in out
+        assert_refused(call(capsys, "generate", tmp_path / "back"), "has no tokenizer")
     assert_refused(call(capsys, "import", exported, tmp_path / "back"), "is there already")
     if to == "hf":  # another shape than its weights have, less of it, half of it
         for command in ("eval", "export"):

@@ -1,6 +1,7 @@
 """The benchmarks run, and what they say has the parts that it should; nGPT keeps no more than GPT."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_the_products_of_a_step_are_those_that_the_model_makes():
     assert counted[0] == counted[1]
 
 
-def test_bad_input_is_one_line_and_2(capsys):
+def test_bad_input_is_one_line_and_2(capsys, tmp_path):
     assert main(["bench", "stepp"]) == 2
     assert "did you mean step?" in capsys.readouterr().err
     assert main(["bench"]) == 2
@@ -119,6 +120,9 @@ def test_bad_input_is_one_line_and_2(capsys):
     assert capsys.readouterr().err.count("\n") == 2
     assert main(["bench", "decode", "--size", "demo", "--new-tokens", "0"]) == 2
     assert capsys.readouterr().err == "nsphere bench: new_tokens must be at least 1, got 0\n"
+    for path, why in ((tmp_path, "is a folder"), (Path(__file__) / "x.json", "is a file")):
+        assert main(["bench", "step", "--json", str(path)]) == 2
+        assert why in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["bench", "--help"])
     assert stop.value.code == 0

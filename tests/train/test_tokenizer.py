@@ -44,6 +44,8 @@ def test_bytes_are_utf8_and_come_back(text):
 
 def test_bytes_of_half_a_character_do_not_stop_the_decoding():
     assert ByteTokenizer().decode([0xC3, 0xA9, 0xC3, 65, 0, 66]) == "é\ufffdAB"
+    with pytest.raises(ValueError, match="token 300 is no byte: the model has more tokens than the tokenizer"):
+        ByteTokenizer().decode([65, 300])
 
 
 def test_a_byte_0_in_text_is_refused():

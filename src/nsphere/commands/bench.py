@@ -4,6 +4,7 @@ import importlib
 
 from nsphere.commands.flags import parse
 from nsphere.train.arms import nearest
+from nsphere.train.run_folder import check_writable
 
 BENCHMARKS = {
     "step": "a training step of nGPT over GPT's, in parts",
@@ -29,4 +30,8 @@ def main(argv: list[str]) -> None:
     for name, value in vars(args).items():
         if type(value) is int and value < 1:  # they all are numbers of something
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if args.json is not None:  # before minutes of measuring
+        if args.json.is_dir():
+            raise ValueError(f"--json {args.json} is a folder; give a file to write the numbers to")
+        check_writable(args.json.parent)
     module.main(args)

@@ -22,7 +22,7 @@ from nsphere.train.token_cache import data_cache
 class Eval:
     """Loss, perplexity and bits per byte of a trained model on validation text, by context length."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder, or one of its checkpoints."""
     data: str | None = None
     """Other data than the run's, as of nsphere train; its validation part is used, with the run's tokenizer."""

@@ -16,9 +16,9 @@ from nsphere.train.saved import load_run
 class Export:
     """Write a trained model in the format of another tool."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder, or one of its checkpoints."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The folder (hf) or file (.safetensors, .pt2, .onnx) to make."""
     to: Literal["hf", "safetensors", "torch-export", "onnx"] = "hf"
     """hf: a transformers folder; safetensors: one file; torch-export, onnx: a program from tokens to logits."""

@@ -52,13 +52,12 @@ def _one_line(box: str, name: str) -> str:
     """What tyro says in a box, as a sentence, with where to find help."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in text.splitlines()]
-    kept = [line for line in lines if line and not re.match(r"[╭╰├─-]", line)]
+    lines = [line for line in lines if line]
+    if len(lines) > 1 and re.fullmatch("-+", lines[1]):
+        del lines[0]  # the title, which stands above a rule where the terminal has no letters for a box
+    kept = [line for line in lines if not re.match(r"[╭╰├+]|[─-]+$", line)]
     nearest = [line.split()[0] for line in lines if re.match(r"--\w", line)]
     text = " ".join(kept)
-    text = text.replace("Invalid choice invalid", "invalid").replace(
-        "Unrecognized options Unrecognized", "unrecognized"
-    )
-    text = text.replace("Value error ", "")  # what a config's own check says is a sentence of its own
     # the group that a flag belongs to is of no concern to who typed it
     text = re.sub(r"Error parsing (what|config|data|options(\.layout)?|sampling): ", "", text)
     # the choices come in an order that changes from run to run, with the None of a flag that was not given
@@ -67,7 +66,13 @@ def _one_line(box: str, name: str) -> str:
         lambda m: "choose " + ", ".join(sorted(set(re.findall(r"'(.+?)'", m[1])) - {"None"})),
         text,
     )
-    text = re.sub(r"Required options Missing from nsphere [\w ]+: ", "missing: ", text)
+    text = re.sub(r"Missing from nsphere [\w ]+: ", "missing: ", text)
+    text = text.replace(" (required)", "")
+    for python, plain in (
+        ("invalid literal for int.. with base 10", "whole number"),
+        ("could not convert string to float", "number"),
+    ):
+        text = re.sub(rf"Error parsing (--[\w-]+): {python}: ", rf"\1 takes a {plain}, got ", text)
     said = re.split(r"Perhaps you meant:|Argument helptext:|\.? Got errors:|For full helptext", text)[0].strip(" .")
     if "Perhaps you meant" in text and nearest:
         said += f"; did you mean {' or '.join(nearest[:2])}?"

@@ -19,7 +19,7 @@ from nsphere.train.saved import load_run
 class Generate:
     """Continue a prompt, or several side by side, with a trained model."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder, or one of its checkpoints."""
     prompt: tuple[str, ...] = ("def ",)
     """What to continue. One is shown as it is made, several when all are done; prompt i has the seed SEED + i."""

@@ -14,10 +14,10 @@ from nsphere.import_model import import_model
 class Import:
     """Make a run folder of a model from elsewhere."""
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A .safetensors of nsphere export, a transformers folder (nGPT, GPT-2, Llama, Qwen3), a ckpt.pt of nanoGPT or
     NVIDIA/ngpt, or a saved state dict of PyPI's nGPT-pytorch."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run folder to make."""
     num_heads: int | None = None
     """Heads, where the source does not say."""

@@ -22,7 +22,7 @@ from nsphere.train.token_cache import data_cache
 class Inspect:
     """Condition numbers, attention logits, eigen learning rates and scales of a trained model."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder, or one of its checkpoints."""
     out: Path | None = None
     """The page to write; inspection.html in the run folder if not given."""

@@ -13,7 +13,7 @@ from nsphere.commands.flags import parse
 class Serve:
     """Answer OpenAI's clients from an exported transformers folder, with transformers' own server."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """What `nsphere export` has written."""
     host: str = "localhost"
     """Address to listen at."""

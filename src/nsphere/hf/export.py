@@ -36,9 +36,7 @@ def write_folder(
     tokenizer = None if run.tokenizer is None else hf_tokenizer(run.tokenizer, run.model.config.context)
     if chat_template is not None:
         if tokenizer is None:
-            raise ValueError(
-                f"{run.folder} was trained on tokens without a tokenizer, which a chat template is part of"
-            )
+            raise ValueError(f"{run.folder} has no tokenizer, which a chat template is part of")
         tokenizer.chat_template = _read_template(chat_template, tokenizer)
     model = to_hf(run.model)
     ends = None if run.tokenizer is None else run.tokenizer.separator_id

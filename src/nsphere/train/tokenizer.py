@@ -91,7 +91,16 @@ class ByteTokenizer:
         return encoded
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of some bytes, without separators; what is not UTF-8 becomes U+FFFD."""
+        """The text of some bytes, without separators; what is not UTF-8 becomes U+FFFD.
+
+        Raises:
+            ValueError: If a token is no byte, as a model of more tokens than the tokenizer may make one.
+        """
+        if max(tokens, default=0) > 255:
+            raise ValueError(
+                f"token {max(tokens)} is no byte: the model has more tokens than the tokenizer, which is another's; "
+                "give the one that it was trained with (nsphere import takes --tokenizer)"
+            )
         return bytes(tokens).replace(b"\0", b"").decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> None:
