@@ -306,9 +306,8 @@ def test_every_attention_makes_the_same_tokens(attention):
 
 
 @needs.compiler
-@pytest.mark.parametrize("case", ["gqa", "qwen3"])
-def test_our_compiled_steps_make_the_same_tokens(case):
-    ours = make(case, num_layers=1)
+def test_our_compiled_steps_make_the_same_tokens():
+    ours = make("gqa", num_layers=1)
     assert our_greedy(ours, compile=True) == greedy(hf.to_hf(ours))
 
 

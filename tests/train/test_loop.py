@@ -299,22 +299,17 @@ from nsphere.train.checkpoint import load_checkpoint
 from nsphere.train.config import RunOptions, TrainConfig
 from nsphere.train.data import DataConfig
 from nsphere.train.loop import train
-config = TrainConfig(d_model=64, num_layers=2, num_heads=2, context=64, steps=60, batch_size=8, eval_every=4,
+config = TrainConfig(d_model=64, num_layers=1, num_heads=2, context=64, steps=24, batch_size=8, eval_every=4,
                      eval_sequences=8, dtype="bfloat16")
 train("ngpt", config, RunOptions(threads=2, checkpoint_every=5, tensorboard=False), DataConfig(data=sys.argv[1]),
       Path(sys.argv[2]), resume=True)
 """
 
 
-def test_compiled_with_two_threads_is_bit_identical_also_when_killed(tmp_path, data, monkeypatch) -> None:
-    """Two runs in fresh processes, and one killed with SIGKILL in its middle and resumed: the same to the last bit.
-
-    Its compiler, so the test pretends, was killed too, and left an empty library in torch's cache.
-    """
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+def test_compiled_with_two_threads_is_bit_identical_when_killed(tmp_path, data) -> None:
+    """A whole run, and one killed with SIGKILL in its middle and resumed, in fresh processes: the same last bits."""
     command = [sys.executable, "-c", _RUN, data.data]
-    for name in ("one", "two"):
-        subprocess.run([*command, str(tmp_path / name)], check=True, capture_output=True)
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
     killed = subprocess.Popen([*command, str(tmp_path / "cut")], stderr=subprocess.DEVNULL)
     metrics = tmp_path / "cut" / "metrics.jsonl"
     while not metrics.exists() or '"step": 7' not in metrics.read_text():
@@ -323,14 +318,8 @@ def test_compiled_with_two_threads_is_bit_identical_also_when_killed(tmp_path, d
     killed.kill()
     killed.wait()
     assert not (tmp_path / "cut" / "result.json").exists()
-    libraries = [path for path in tmp_path.glob("compiled/*/*.so") if path.parent.name != "nsphere"]
-    kernel = max(libraries, key=lambda path: path.stat().st_size)
-    os.truncate(kernel, 0)
-    resumed = subprocess.run([*command, str(tmp_path / "cut")], capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"removed {kernel}: a process that was killed" in resumed.stderr
-    assert_same_run(tmp_path / "one", tmp_path / "two")
-    assert_same_run(tmp_path / "one", tmp_path / "cut")
+    subprocess.run([*command, str(tmp_path / "cut")], check=True, capture_output=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path, data, monkeypatch) -> None:

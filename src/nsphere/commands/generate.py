@@ -51,7 +51,10 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--compile: {ability.reason}; leave it out")
     run = load_run(args.run, device)
     if run.tokenizer is None:
-        raise ValueError(f"{args.run} was trained on tokens without a tokenizer, so text can't be made from it")
+        raise ValueError(
+            f"{args.run} has no tokenizer, being trained on tokens or imported without, so text can't be made "
+            "from it; nsphere import takes --tokenizer"
+        )
     texts = list(args.prompt)
     with run.autocast():
         pieces = generate_texts(

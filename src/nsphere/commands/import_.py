@@ -41,3 +41,10 @@ def main(argv: list[str]) -> None:
         options=args.option,
     )
     print(f"{args.out}: {found.config['architecture']}, {found.model.num_parameters():,} parameters, step {found.step}")
+    if found.tokenizer is None:
+        print("no tokenizer, which texts need (generate, eval on texts): import it with --tokenizer to have one")
+    elif (there := found.tokenizer.vocab_size) < (vocab_size := found.model.config.vocab_size):
+        print(
+            f"a tokenizer of {there} tokens for a model of {vocab_size}: right if the rest is padding, else import it "
+            "with the --tokenizer that it was trained with"
+        )

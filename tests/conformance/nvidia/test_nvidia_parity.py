@@ -217,7 +217,7 @@ class TestConventions:
     def test_paper_and_reference_conventions_differ(self):
         model = tiny()
         paper = make_ngpt(NGPTConfig(vocab_size=11, context=6, d_model=12, num_layers=1, num_heads=2)).double()
-        paper.load_state_dict(model.state_dict())
+        paper.load_state_dict(dict(model.state_dict()))
         tokens = torch.arange(6)[None]
         assert relative(model(tokens), paper(tokens)) > 1e-3
 

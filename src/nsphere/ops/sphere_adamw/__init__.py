@@ -1,13 +1,13 @@
 """One optimizer step of AdamW, with the projection onto the sphere in the same pass."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsphere.ops import backend as backends
 from nsphere.ops.sphere_adamw import cpu, reference
+from nsphere.ops.sphere_adamw.reference import Step
 
 __all__ = ["sphere_adamw_"]
 
@@ -65,44 +65,50 @@ def sphere_adamw_(
 
     Source: arXiv 2410.01131, section 2.6; AdamW: arXiv 1711.05101.
     """
-    check(weights, grads, exp_avgs, exp_avg_sqs, steps, dims, rounded)
+    if rounded is None:
+        rounded = [None] * len(weights)
+    step = Step(
+        weights,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        dims,
+        lr,
+        betas,
+        eps,
+        weight_decay,
+        rounded,
+        rounding_seed,
+        grad_scale,
+        found_inf,
+    )
+    check(step)
     if not weights:
         return
-    arguments = (weights, grads, exp_avgs, exp_avg_sqs, steps, dims)
-    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    options |= {"rounded": rounded, "rounding_seed": rounding_seed, "grad_scale": grad_scale, "found_inf": found_inf}
     device = weights[0].device
     chosen = backends.choose_for(device.type, backend)
     if chosen == "triton":
         from nsphere.ops.sphere_adamw import triton
 
-        copies = [r for r in rounded or () if r is not None]
+        copies = [r for r in rounded if r is not None]
         reason = triton.why_not(weights, dims, [*exp_avgs, *exp_avg_sqs], [*grads, *copies])
         if reason is None:
-            return triton.step(*arguments, **options)
+            return triton.step_(step)
         backends.refuse_or_log(backend, "triton", f"sphere_adamw_: {reason}")
     if chosen == "compiled" and device.type == "cpu":
-        reason = cpu.why_not(weights, exp_avgs, exp_avg_sqs, dims)
+        reason = cpu.why_not(step)
         if reason is None:
-            return cpu.sphere_adamw_(*arguments, **options)
+            return cpu.sphere_adamw_(step)
         backends.refuse_or_log(backend, "compiled", f"sphere_adamw_: {reason}")
     # where there is no pass of our own the compiled backend is torch's kernel for all weights, and then the projection
-    reference.sphere_adamw_(*arguments, **options, fused=chosen == "compiled" and device.type != "cpu")
+    reference.sphere_adamw_(step, fused=chosen == "compiled" and device.type != "cpu")
 
 
-def check(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    dims: Sequence[int | None],
-    rounded: Sequence[Tensor | None] | None,
-) -> None:
+def check(step: Step) -> None:
     """Raises ValueError before anything is written."""
-    lengths = [
-        len(each) for each in (grads, exp_avgs, exp_avg_sqs, steps, dims, *([] if rounded is None else [rounded]))
-    ]
+    weights, grads, exp_avgs, exp_avg_sqs, steps, dims = step[:6]
+    lengths = [len(each) for each in (grads, exp_avgs, exp_avg_sqs, steps, dims, step.rounded)]
     if any(n != len(weights) for n in lengths):
         raise ValueError(f"sphere_adamw_ got {len(weights)} weights and lists of {lengths}; give one entry per weight")
     for i, (w, dim) in enumerate(zip(weights, dims, strict=True)):
@@ -116,7 +122,7 @@ def check(
                 f"weight {i} of shape {tuple(w.shape)} has dim={dim}; give one of its dims, or None "
                 "for a weight that is not on the sphere"
             )
-        copy = None if rounded is None else rounded[i]
+        copy = step.rounded[i]
         like = [grads[i], exp_avgs[i], exp_avg_sqs[i], *([] if copy is None else [copy])]
         if any(t.shape != w.shape for t in like):
             raise ValueError(

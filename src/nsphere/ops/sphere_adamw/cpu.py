@@ -6,7 +6,6 @@ It moves 28 bytes a parameter, as AdamW alone does; a projection of its own move
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nsphere.ops import cpp
-from nsphere.ops.sphere_adamw.reference import unscaled, write_rounded
+from nsphere.ops.sphere_adamw.reference import Step, unscaled, write_rounded
 
 
 class _Tensor(ctypes.Structure):
@@ -35,55 +34,38 @@ def _kernel() -> Any:
     return function
 
 
-def why_not(
-    weights: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], dims: Sequence[int | None]
-) -> str | None:
-    """The reason the C++ pass can't take these, None where it can."""
-    for t in (*weights, *exp_avgs, *exp_avg_sqs):
+def why_not(step: Step) -> str | None:
+    """The reason the C++ pass can't take this step, None where it can."""
+    for t in (*step.weights, *step.exp_avgs, *step.exp_avg_sqs):
         if type(t) not in (Tensor, torch.nn.Parameter) or t.dtype != torch.float32 or not t.is_contiguous():
             return f"the C++ pass is for fp32 tensors, contiguous, and not for {type(t).__name__} of {t.dtype}"
-    for w, dim in zip(weights, dims, strict=True):
+    for w, dim in zip(step.weights, step.dims, strict=True):
         if dim not in (None, 0, w.dim() - 1):
             return f"the C++ pass knows norms along the first and the last dim, not along {dim} of {w.dim()}"
     return None
 
 
 @torch.no_grad()
-def sphere_adamw_(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    dims: Sequence[int | None],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    rounded: Sequence[Tensor | None] | None,
-    rounding_seed: int | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+def sphere_adamw_(step: Step) -> None:
     """See `nsphere.ops.sphere_adamw`; for what `why_not` has nothing against."""
-    if found_inf is not None and found_inf.item():
+    if step.found_inf is not None and step.found_inf.item():
         return
     kernel = _kernel()
-    lr = float(lr)
-    grads = [g.contiguous() for g in unscaled(weights, grads, grad_scale)]
-    torch._foreach_add_(list(steps), 1)
-    table = (_Tensor * len(weights))()
-    for entry, w, g, m, v, step, dim in zip(table, weights, grads, exp_avgs, exp_avg_sqs, steps, dims, strict=True):
-        t = step.item()
+    lr, (beta1, beta2) = float(step.lr), step.betas
+    grads = [g.contiguous() for g in unscaled(step)]
+    torch._foreach_add_(list(step.steps), 1)
+    table = (_Tensor * len(grads))()
+    each = zip(table, step.weights, grads, step.exp_avgs, step.exp_avg_sqs, step.steps, step.dims, strict=True)
+    for entry, w, g, m, v, count, dim in each:
+        t = count.item()
         entry.w, entry.g, entry.m, entry.v = w.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr()
         columns = dim == 0 and w.dim() > 1
         entry.cols = math.prod(w.shape[1:] if columns else w.shape[-1:] if dim is not None else w.shape)
         entry.rows = w.numel() // max(1, entry.cols)
         entry.dim = -1 if dim is None else 0 if columns else 1
-        entry.step_size = lr / (1 - betas[0] ** t)
-        entry.bias_correction2_sqrt = math.sqrt(1 - betas[1] ** t)
-    kernel(table, len(table), lr, *betas, eps, weight_decay, torch.get_num_threads())
+        entry.step_size = lr / (1 - beta1**t)
+        entry.bias_correction2_sqrt = math.sqrt(1 - beta2**t)
+    kernel(table, len(table), lr, beta1, beta2, step.eps, step.weight_decay, torch.get_num_threads())
     # written behind autograd's back: it must still notice that a tensor it saved has changed
-    torch.autograd.graph.increment_version([*weights, *exp_avgs, *exp_avg_sqs])
-    write_rounded(weights, rounded, rounding_seed)
+    torch.autograd.graph.increment_version([*step.weights, *step.exp_avgs, *step.exp_avg_sqs])
+    write_rounded(step)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nsphere.ops.launch import Launch, next_power_of_2
 from nsphere.ops.sphere_adamw.kernels import columns_kernel, rows_kernel
+from nsphere.ops.sphere_adamw.reference import Step
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # elements of a program's tile, the columns of a strip (128 bytes in fp32), and the longest row that registers hold
@@ -221,43 +222,27 @@ def sphere_adamw_(
     run(members, hyper, seed=seed, grad_scale=grad_scale, found_inf=found_inf)
 
 
-def step(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    dims: Sequence[int | None],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    rounded: Sequence[Tensor | None] | None,
-    rounding_seed: int | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    """`nsphere.ops.sphere_adamw_` on calls that `why_not` has nothing against."""
+def step_(step: Step) -> None:
+    """`nsphere.ops.sphere_adamw_` on a step that `why_not` has nothing against."""
     copies: list[Tensor] = []
     copy_of = []
-    for copy in rounded or [None] * len(weights):
+    for copy in step.rounded:
         copy_of.append(-1 if copy is None else len(copies))
         copies += [] if copy is None else [copy]
     sphere_adamw_(
-        [w.detach() for w in weights],
-        list(grads),
-        list(exp_avgs),
-        list(exp_avg_sqs),
-        list(steps),
-        [-1 if dim is None else dim for dim in dims],
+        [w.detach() for w in step.weights],
+        list(step.grads),
+        list(step.exp_avgs),
+        list(step.exp_avg_sqs),
+        list(step.steps),
+        [-1 if dim is None else dim for dim in step.dims],
         copies,
         copy_of,
-        float(lr),
-        *betas,
-        eps,
-        weight_decay,
-        rounding_seed,
-        grad_scale,
-        found_inf,
+        float(step.lr),
+        *step.betas,
+        step.eps,
+        step.weight_decay,
+        step.rounding_seed,
+        step.grad_scale,
+        step.found_inf,
     )
