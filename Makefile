@@ -21,7 +21,8 @@ demo: $(VENV)/.train
 	@# goes on where an interrupted demo was; `rm -r runs/demo` starts a new one
 	$(BIN)/nsphere compare --preset demo --out runs/demo --resume
 
-test: $(VENV)/.dev lint types docs
+test: $(VENV)/.dev
+	$(MAKE) --jobs=3 --output-sync=target lint types docs
 	$(BIN)/python -m pytest -n auto
 
 # not lint and types: an old linter knows other rules
