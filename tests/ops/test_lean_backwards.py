@@ -187,3 +187,28 @@ def test_weights_factors_of_zero_and_tables_with_gradients_are_left_to_autograd(
     assert not traced.suits(x, spec, SideTensors(cos=torch.ones(2, 4, requires_grad=True), sin=torch.ones(2, 4)))
     with torch.no_grad():
         assert not traced.suits(x, spec, SideTensors())
+
+
+@pytest.mark.parametrize("num_tokens", [128, 100, None])
+def test_update_over_groups_of_tokens(num_tokens):
+    """Compiled, the gradient of the eigen learning rate is summed by groups of 64 tokens where they divide them."""
+    torch._dynamo.reset()
+    shape = (48,) if num_tokens is None else (2, num_tokens, 48)
+    h, o = torch.randn(2, *shape, dtype=torch.float64)
+    inputs = (h / h.norm(dim=-1, keepdim=True), o, torch.rand(48, dtype=torch.float64))
+    compiled = torch.compile(lean.normalized_update, backend="aot_eager", fullgraph=True)
+    for a, b in zip(gradients(compiled, inputs), gradients(reference.normalized_update, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (1, 1), (3, 1)])
+def test_multipliers_gradient_over_groups_of_tokens(shape):
+    torch._dynamo.reset()
+    spec = SideSpec(norm=L2Norm(8).spec, rope=None)
+    inputs = torch.randn(2, 128, 3, 8, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    compiled = torch.compile(
+        lambda x, m: traced.norm_rope(x, spec, SideTensors(multiplier=m)), backend="aot_eager", fullgraph=True
+    )
+    expected = gradients(lambda x, m: qk_reference.forward(x, SideTensors(multiplier=m), spec)[0], inputs)
+    for a, b in zip(gradients(compiled, inputs), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)

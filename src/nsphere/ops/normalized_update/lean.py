@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsphere.ops.backend import cast
+from nsphere.ops.token_sums import sum_groups
 
 
 def normalized_update(h: Tensor, o: Tensor, eigen_lr: Tensor) -> Tensor:
@@ -46,9 +47,16 @@ class _NormalizedUpdate(torch.autograd.Function):
         h_wide, unit_o, g = h.to(wide), o.to(wide) * o_inverse, grad.to(wide)
         # the other way round than in the forward: of the same operations, in fp32, the compiler keeps the results
         away = h_wide - unit_o
-        unit_y = (h_wide - eigen_lr * away) * y_inverse
-        y_grad = (g - unit_y * (unit_y * g).sum(-1, keepdim=True)) * y_inverse
+        y = h_wide - eigen_lr * away
+        # all sums over a row in one pass: with a second that needs the first's results, the compiler stores in between
+        y_g, o_g, o_y = _row_sum(y * g), _row_sum(eigen_lr * unit_o * g), _row_sum(eigen_lr * unit_o * y)
+        radial = y_g * y_inverse * y_inverse
+        y_grad = (g - y * radial) * y_inverse
         step_grad = eigen_lr * y_grad
-        o_grad = (step_grad - unit_o * (unit_o * step_grad).sum(-1, keepdim=True)) * o_inverse
-        eigen_lr_grad = -(y_grad * away).sum_to_size(eigen_lr.shape)
+        o_grad = (step_grad - unit_o * ((o_g - o_y * radial) * y_inverse)) * o_inverse
+        eigen_lr_grad = -sum_groups(y_grad * away, -2).sum_to_size(eigen_lr.shape)
         return (y_grad - step_grad).to(ctx.h_dtype), o_grad.to(o.dtype), eigen_lr_grad.to(eigen_lr.dtype)
+
+
+def _row_sum(x: Tensor) -> Tensor:
+    return x.sum(-1, keepdim=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nsphere.norms import NormSpec, compute_dtype, eps_of, standardize
 from nsphere.ops.backend import cast
+from nsphere.ops.token_sums import share, sum_groups
 from nsphere.rope import RopeSpec, join_pairs, rotate, rotate_pairs, split_pairs
 
 
@@ -313,18 +314,19 @@ def _norm(x: Tensor, t: SideTensors, spec: SideSpec, eps: float) -> tuple[Tensor
 
 
 def _affine(x: Tensor, factor: Tensor | None, shift: Tensor | None, scale: float) -> Tensor:
-    x = x if factor is None else x * factor
+    x = x if factor is None else share(torch.mul, x, factor, 1)
     x = x if scale == 1 else x * scale
-    return x if shift is None else x + shift
+    return x if shift is None else share(torch.add, x, shift, 1)
 
 
 def _multiply(x: Tensor, multiplier: Tensor | None, constant: float | Tensor) -> Tensor:
-    x = x if multiplier is None else x * multiplier.to(x.dtype)
+    x = x if multiplier is None else share(torch.mul, x, multiplier.to(x.dtype), 1)
     return x if isinstance(constant, float) and constant == 1 else x * constant
 
 
 def _sum_to(x: Tensor, like: Tensor) -> Tensor:
     """Sum x over the dims that broadcasting gave it beyond those of `like`."""
+    x = sum_groups(x, 1) if like.dim() < x.dim() - 1 else x
     extra = x.dim() - like.dim()
     dims = tuple(range(extra)) + tuple(i + extra for i, n in enumerate(like.shape) if n == 1)
     summed = x.sum(dims, keepdim=True) if dims else x
