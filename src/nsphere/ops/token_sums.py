@@ -20,7 +20,7 @@ def sum_groups(x: Tensor, dim: int) -> Tensor:
 
 
 def share(op: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, dim: int) -> Tensor:
-    """op(x, w), elementwise: the gradient of a w that all tokens along `dim` of x share (none if below 0) goes by groups."""
+    """op(x, w), elementwise; the gradient of a w that all tokens along `dim` >= 0 of x share goes by groups."""
     if dim < 0 or w.dim() >= x.dim() - dim or not w.requires_grad or not _plain(w) or not _pays(x, dim):
         return op(x, w)
     grouped = x.unflatten(dim, (-1, GROUP))
