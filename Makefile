@@ -45,7 +45,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev
-	$(BIN)/nsphere bench step --rounds 9 --json benchmarks/results/step.json
+	$(BIN)/nsphere bench step --rounds 9 --seconds 60 --json benchmarks/results/step.json
+	$(BIN)/python benchmarks/step_parts.py --dtypes float32 bfloat16 --layers 2 --json benchmarks/results/step_parts.json
 	$(BIN)/nsphere bench optimizer --json benchmarks/results/optimizer.json
 	$(BIN)/nsphere bench ops --tokens 4096 --head-dims 128 --widths 1024 --rounds 9 --json benchmarks/results/ops.json
 	$(BIN)/nsphere bench memory --json benchmarks/results/memory.json

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsphere.bench import memory, step
+from nsphere.bench import harness, memory, step
 from nsphere.bench.step import SIZES, Size, make_trainers, timed_step
 from nsphere.cli import main
 from nsphere.ops.backend import cpp_compiler
@@ -29,12 +29,18 @@ def test_step(tmp_path, capsys):
     assert {"cpu", "torch", "git_commit", "num_threads", "date"} <= set(record)
     found = record["results"]["demo eager"]
     assert set(found) == set(step.ARMS)
-    assert found["gpt"]["over_gpt"] == [1, 1, 1]
+    assert found["gpt"]["over_gpt"] == [1, 1, 1] and found["ngpt"]["rounds"] == 2
     for arm in found.values():
         assert sum(arm["ms"][part][1] for part in step.PARTS) == pytest.approx(arm["ms"]["total"][1], rel=0.5)
     assert {arm["dtype"] for arm in found.values()} == {"bfloat16 autocast"}
     printed = capsys.readouterr().out
     assert "over gpt-qknorm" in printed and "bfloat16 autocast" in printed
+
+
+@pytest.mark.parametrize(("rounds", "seconds", "run"), [(5, None, 5), (5, 0.0, 3), (2, 0.0, 2), (5, 60.0, 5)])
+def test_no_round_begins_late(rounds, seconds, run):
+    values = harness.interleave({"a": lambda: {"ms": 1.0}, "b": lambda: {"ms": 2.0}}, rounds, seconds)
+    assert values == {"a": {"ms": [1.0] * run}, "b": {"ms": [2.0] * run}}
 
 
 @pytest.mark.parametrize(

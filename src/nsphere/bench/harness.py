@@ -13,11 +13,19 @@ from nsphere.table import text_table
 from nsphere.train.machine import environment
 
 
-def interleave(candidates: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> dict[str, dict[str, list]]:
-    """Call each candidate once a round, beginning with another each round; the values it returned, by key."""
+def interleave(
+    candidates: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int, seconds: float | None = None
+) -> dict[str, dict[str, list]]:
+    """Call each candidate once a round, beginning with another each round; the values it returned, by key.
+
+    Where `seconds` are given, no round but the first three begins after them.
+    """
+    began = time.perf_counter()
     names = list(candidates)
     values: dict[str, dict[str, list]] = {name: {} for name in names}
     for turn in range(rounds):
+        if turn >= 3 and seconds is not None and time.perf_counter() - began > seconds:
+            break
         for i in range(len(names)):
             name = names[(turn + i) % len(names)]
             for key, value in candidates[name]().items():

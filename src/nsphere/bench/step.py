@@ -49,6 +49,8 @@ class Args:
     """demo: the demo's; d512: d_model 512, 8 layers, context 512, vocabulary 8192, batch 8; 0.5b: for a GPU."""
     rounds: int = 15
     """Steps of each arm that count."""
+    seconds: float | None = None
+    """After so long a size and mode gets no further round; it gets three at least."""
     modes: tuple[Literal["compiled", "eager"], ...] = ("compiled", "eager")
     """How the models run."""
     arms: tuple[str, ...] = ARMS
@@ -108,7 +110,12 @@ def utilisation(trainer: Trainer, ms: float) -> float | None:
 
 
 def measure(
-    size: Size, mode: str, rounds: int, arms: tuple[str, ...] = ARMS, dtype: DtypeName = "auto"
+    size: Size,
+    mode: str,
+    rounds: int,
+    arms: tuple[str, ...] = ARMS,
+    dtype: DtypeName = "auto",
+    seconds: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """All arms at one size."""
     torch._dynamo.reset()
@@ -116,10 +123,12 @@ def measure(
     for _ in range(2):
         for trainer in trainers.values():
             timed_step(trainer)
-    values = harness.interleave({arm: lambda t=t: timed_step(t) for arm, t in trainers.items()}, rounds)  # type: ignore[misc]
+    steps = {arm: lambda t=t: timed_step(t) for arm, t in trainers.items()}
+    values = harness.interleave(steps, rounds, seconds)
     return {
         arm: {
             "dtype": trainers[arm].dtype_name,
+            "rounds": len(values[arm]["total"]),
             "ms": {part: harness.quartiles(values[arm][part]) for part in (*PARTS, "total")},
             **{f"over_{base}": harness.ratios(values[arm]["total"], values[base]["total"]) for base in arms[:2]},
             "mfu": utilisation(trainers[arm], harness.quartiles(values[arm]["total"])[1]),
@@ -137,7 +146,7 @@ def main(args: Args) -> None:
         if args.batch_size is not None:
             shape = Size(dataclasses.replace(shape.config, batch_size=args.batch_size), shape.vocab_size)
         for mode in args.modes:
-            found = results[f"{size} {mode}"] = measure(shape, mode, args.rounds, args.arms, args.dtype)
+            found = results[f"{size} {mode}"] = measure(shape, mode, args.rounds, args.arms, args.dtype, args.seconds)
             for arm, r in found.items():
                 memory = "–" if r["peak_memory_bytes"] is None else f"{r['peak_memory_bytes'] / 2**20:,.0f}"
                 rows.append(
