@@ -103,7 +103,8 @@ class SphereAdamW(torch.optim.AdamW):
             for (_, wide), params in batches.items():
                 states = [self._state_of(p, wide, masters=seed is None) for p in params]
                 weights = [s.get("master", p) for s, p in zip(states, params, strict=True)]
-                weights = [w.to(wide) for w in weights]  # a copy only of bf16 that is rounded stochastically
+                # a copy only of bf16 that is rounded stochastically
+                weights = [w if w.dtype == wide else w.to(wide) for w in weights]
                 dims = [sphere_dims.get(id(p)) for p in params]
                 for i, (p, dim) in enumerate(zip(params, dims, strict=True)):
                     if dim is not None and split_axes(p, dim):
