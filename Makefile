@@ -44,16 +44,17 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+RESULTS ?= benchmarks/results
 bench: $(VENV)/.dev
-	$(BIN)/nsphere bench step --rounds 9 --seconds 60 --json benchmarks/results/step.json
-	$(BIN)/python benchmarks/step_parts.py --dtypes float32 bfloat16 --layers 2 --json benchmarks/results/step_parts.json
-	$(BIN)/nsphere bench optimizer --json benchmarks/results/optimizer.json
-	$(BIN)/nsphere bench ops --tokens 4096 --head-dims 128 --widths 1024 --rounds 9 --json benchmarks/results/ops.json
-	$(BIN)/nsphere bench memory --json benchmarks/results/memory.json
-	$(BIN)/nsphere bench decode --json benchmarks/results/decode.json
-	$(BIN)/nsphere bench peers --json benchmarks/results/peers.json
-	$(BIN)/python benchmarks/qk.py --json benchmarks/results/qk.json
-	$(BIN)/python benchmarks/kernels.py --json benchmarks/results/kernels.json
+	$(BIN)/nsphere bench step --rounds 9 --seconds 60 --json $(RESULTS)/step.json
+	$(BIN)/python benchmarks/step_parts.py --dtypes float32 bfloat16 --layers 2 --json $(RESULTS)/step_parts.json
+	$(BIN)/nsphere bench optimizer --json $(RESULTS)/optimizer.json
+	$(BIN)/nsphere bench ops --tokens 4096 --head-dims 128 --widths 1024 --rounds 9 --json $(RESULTS)/ops.json
+	$(BIN)/nsphere bench memory --json $(RESULTS)/memory.json
+	$(BIN)/nsphere bench decode --json $(RESULTS)/decode.json
+	$(BIN)/nsphere bench peers --json $(RESULTS)/peers.json
+	$(BIN)/python benchmarks/qk.py --json $(RESULTS)/qk.json
+	$(BIN)/python benchmarks/kernels.py --json $(RESULTS)/kernels.json
 
 # with what is installed beside $(PYTHON): no environment is made, nothing is fetched
 OUT ?= results/gpu
