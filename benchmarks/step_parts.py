@@ -19,6 +19,7 @@ import tyro
 from torch.profiler import ProfilerActivity, profile
 
 from nsphere.bench.step import ARMS, SIZES, Size, SizeName, make_trainers, timed_step
+from nsphere.train.machine import has_bf16
 from nsphere.train.trainer import Trainer
 
 PARTS = ("products", "attention", "kernels", "clip", "optimizer")
@@ -45,10 +46,9 @@ class Args:
     """Where to write the numbers."""
 
 
-def has_bf16_products() -> bool:
-    """Whether this processor multiplies bf16 itself; emulated, a step takes minutes."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+def emulated(dtype: str) -> bool:
+    """Whether this processor has no instructions for such products, so that a step would take minutes."""
+    return dtype == "bfloat16" and not has_bf16(torch.device("cpu")).available
 
 
 @contextlib.contextmanager
@@ -91,7 +91,7 @@ def measure(args: Args, dtype: Any) -> dict[str, dict[str, Any]]:
     if args.layers is not None:
         size = Size(dataclasses.replace(size.config, num_layers=args.layers), size.vocab_size)
     trainers = make_trainers(size, args.arms, True, dtype)
-    with contextlib.nullcontext() if dtype == "float32" or has_bf16_products() else products_by_way_of_fp32():
+    with products_by_way_of_fp32() if emulated(dtype) else contextlib.nullcontext():
         for _ in range(2):
             for trainer in trainers.values():
                 timed_step(trainer)
@@ -118,10 +118,11 @@ def main(args: Args) -> None:
     results, rows = {}, []
     for dtype in args.dtypes:
         for arm, found in measure(args, dtype).items():
-            results.setdefault(dtype, {})[arm] = found
+            name = f"{dtype}, products by way of float32" if emulated(dtype) else dtype
+            results.setdefault(name, {})[arm] = found
             rows.append(
                 [
-                    f"{dtype} {arm}",
+                    f"{name}, {arm}",
                     *(f"{found['ms'][part][1]:.1f}" for part in (*PARTS, "beside")),
                     *(harness.spread(found[f"over_{base}"], 3) for base in args.arms[:2]),
                 ]

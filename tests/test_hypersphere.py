@@ -208,3 +208,19 @@ class TestAssertOnHypersphere:
             model["a"].weight[1] *= 1 + 0.2e-6
         with pytest.raises(AssertionError, match=r"a\.weight\[1\]"):
             assert_on_hypersphere(model)
+
+
+def test_a_class_may_say_what_is_on_the_sphere_and_a_module_may_say_otherwise():
+    class Rows(nn.Linear):
+        sphere_dims = {"weight": 1}
+
+    class Columns(nn.Linear):
+        @property
+        def sphere_dims(self):
+            return {"weight": 0}
+
+    rows, off, columns = Rows(4, 3), Rows(4, 3), Columns(4, 3)
+    off.sphere_dims = {}
+    found = list(sphere_matrices(nn.Sequential(rows, off, columns, nn.Linear(3, 3))))
+    assert [(m.name, m.dim) for m in found] == [("0.weight", 1), ("2.weight", 0)]
+    assert found[0].weight is rows.weight and found[1].weight is columns.weight

@@ -85,7 +85,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, whose weight's gradient costs a compiled step on a CPU half the time."""
+    """torch's; compiled on a CPU, its weight's gradient is summed by groups of tokens, see `ops.token_sums`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():

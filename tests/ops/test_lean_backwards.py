@@ -1,8 +1,12 @@
 """The backwards that compiled graphs use, which keep little, against autograd's of the references."""
 
+import itertools
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from tolerances import assert_close
+from torch._dynamo.backends.common import aot_autograd
 
 from nsphere.norms import L2Norm, RMSNorm
 from nsphere.ops.normalized_update import lean, reference
@@ -189,26 +193,44 @@ def test_weights_factors_of_zero_and_tables_with_gradients_are_left_to_autograd(
         assert not traced.suits(x, spec, SideTensors())
 
 
-@pytest.mark.parametrize("num_tokens", [128, 100, None])
-def test_update_over_groups_of_tokens(num_tokens):
+def recording(graphs):
+    """A compiler's backend that runs graphs as they are and keeps those of backwards."""
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    return aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph), bw_compiler=keep)
+
+
+@pytest.mark.parametrize(
+    "num_tokens, lr_shape",
+    [*itertools.product([128, 100, None], [(48,), (1,), ()]), (128, (128, 1)), (128, (2, 128, 1))],
+)
+def test_update_over_groups_of_tokens(num_tokens, lr_shape):
     """Compiled, the gradient of the eigen learning rate is summed by groups of 64 tokens where they divide them."""
     torch._dynamo.reset()
+    backwards: list = []
     shape = (48,) if num_tokens is None else (2, num_tokens, 48)
     h, o = torch.randn(2, *shape, dtype=torch.float64)
-    inputs = (h / h.norm(dim=-1, keepdim=True), o, torch.rand(48, dtype=torch.float64))
-    compiled = torch.compile(lean.normalized_update, backend="aot_eager", fullgraph=True)
+    inputs = (h / h.norm(dim=-1, keepdim=True), o, torch.rand(lr_shape, dtype=torch.float64))
+    compiled = torch.compile(lean.normalized_update, backend=recording(backwards), fullgraph=True)
     for a, b in zip(gradients(compiled, inputs), gradients(reference.normalized_update, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    assert ("[2, 2, 64, 48]" in backwards[0].code) == (num_tokens == 128 and 128 not in lr_shape)
 
 
-@pytest.mark.parametrize("shape", [(3, 8), (1, 1), (3, 1)])
+@pytest.mark.parametrize(
+    "shape", [(3, 8), (1, 1), (3, 1), (8,), (2, 1, 1, 1), (1, 128, 1, 1), (128, 1, 1), (2, 128, 3, 8)]
+)
 def test_multipliers_gradient_over_groups_of_tokens(shape):
     torch._dynamo.reset()
     spec = SideSpec(norm=L2Norm(8).spec, rope=None)
-    inputs = torch.randn(2, 128, 3, 8, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    inputs, backwards = (torch.randn(2, 128, 3, 8, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)), []
     compiled = torch.compile(
-        lambda x, m: traced.norm_rope(x, spec, SideTensors(multiplier=m)), backend="aot_eager", fullgraph=True
+        lambda x, m: traced.norm_rope(x, spec, SideTensors(multiplier=m)), backend=recording(backwards), fullgraph=True
     )
     expected = gradients(lambda x, m: qk_reference.forward(x, SideTensors(multiplier=m), spec)[0], inputs)
     for a, b in zip(gradients(compiled, inputs), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    assert ("[2, 2, 64, 3, 8]" in backwards[0].code) == (128 not in shape)

@@ -50,7 +50,7 @@ class Args:
     rounds: int = 15
     """Steps of each arm that count."""
     seconds: float | None = None
-    """After so long a size and mode gets no further round; it gets three at least."""
+    """After so many (not counting compilation and warm-up) a size and mode gets no round but the first three."""
     modes: tuple[Literal["compiled", "eager"], ...] = ("compiled", "eager")
     """How the models run."""
     arms: tuple[str, ...] = ARMS
@@ -140,6 +140,8 @@ def measure(
 
 def main(args: Args) -> None:
     """Measure, print, write."""
+    if args.seconds is not None and not args.seconds > 0:
+        raise ValueError(f"--seconds is {args.seconds}; give more than 0, or leave it out")
     results, rows = {}, []
     for size in args.sizes:
         shape = SIZES[size]

@@ -2,7 +2,7 @@
 
 On a CPU the compiler sums a column by walking down all rows of the tensor, eight or sixteen numbers wide: half of each
 cache line is thrown away and fetched again, and a head_dim of 64 keeps four threads busy. Groups of tokens first, and
-then their sums, take half the time and round less; the order is fixed, so that the sum is the same from run to run.
+then their sums, are faster (docs/lab-notes.md) and round less. The order is fixed: a sum is the same from run to run.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,12 @@ GROUP = 64
 """Tokens of a group: at d_model 512, 128 KiB of fp32, which a core's cache holds."""
 
 
-def sum_groups(x: Tensor, dim: int) -> Tensor:
-    """[.., T, ..] → [.., T/64, ..], sums over the groups of tokens along `dim`; x itself where that does not pay."""
-    return x.unflatten(dim, (-1, GROUP)).sum(dim + 1 if dim >= 0 else dim) if _pays(x, dim) else x
+def sum_to(x: Tensor, shape: torch.Size, dim: int) -> Tensor:
+    """`x.sum_to_size(shape)`, by groups of the tokens along `dim` where they are summed over."""
+    own = len(shape) >= -dim if dim < 0 else len(shape) >= x.dim() - dim
+    if not (own and shape[dim if dim < 0 else dim - x.dim()] != 1) and _pays(x, dim):
+        x = x.unflatten(dim, (-1, GROUP)).sum(dim + 1 if dim >= 0 else dim)
+    return x.sum_to_size(shape)
 
 
 def share(op: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, dim: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsphere.ops.backend import cast
-from nsphere.ops.token_sums import sum_groups
+from nsphere.ops.token_sums import sum_to
 
 
 def normalized_update(h: Tensor, o: Tensor, eigen_lr: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class _NormalizedUpdate(torch.autograd.Function):
         y_grad = (g - y * radial) * y_inverse
         step_grad = eigen_lr * y_grad
         o_grad = (step_grad - unit_o * ((o_g - o_y * radial) * y_inverse)) * o_inverse
-        eigen_lr_grad = -sum_groups(y_grad * away, -2).sum_to_size(eigen_lr.shape)
+        eigen_lr_grad = -sum_to(y_grad * away, eigen_lr.shape, -2)
         return (y_grad - step_grad).to(ctx.h_dtype), o_grad.to(o.dtype), eigen_lr_grad.to(eigen_lr.dtype)
 
 

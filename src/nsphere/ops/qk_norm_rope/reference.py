@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nsphere.norms import NormSpec, compute_dtype, eps_of, standardize
 from nsphere.ops.backend import cast
-from nsphere.ops.token_sums import share, sum_groups
+from nsphere.ops.token_sums import share, sum_to
 from nsphere.rope import RopeSpec, join_pairs, rotate, rotate_pairs, split_pairs
 
 
@@ -114,7 +114,7 @@ def backward(
     if spec.norm is None:
         dm = None
         if t.multiplier is not None and saved is not None and wanted[2]:
-            dm = _sum_to(grad * parts.turn([saved.to(wide)])[0] * t.constant, t.multiplier)
+            dm = sum_to(grad * parts.turn([saved.to(wide)])[0] * t.constant, t.multiplier.shape, 1)
         [dx] = parts.turn([_multiply(grad, t.multiplier, t.constant)], back=True)
         return dx.to(dtype), None, None, dm
 
@@ -234,7 +234,7 @@ class _Parts:
     def sum_to(self, parts: list[Tensor], like: Tensor, *, turned: bool = False) -> Tensor:
         """Sum over what broadcasting gave the parts beyond `like`."""
         likes = self.spread(like, len(parts), turned=turned)
-        sums = [_sum_to(p, w) for p, w in zip(parts, likes, strict=True)]
+        sums = [sum_to(p, w.shape, 1) for p, w in zip(parts, likes, strict=True)]
         return _add(sums) if likes[0] is like else self.join(sums, turned=turned)
 
 
@@ -322,12 +322,3 @@ def _affine(x: Tensor, factor: Tensor | None, shift: Tensor | None, scale: float
 def _multiply(x: Tensor, multiplier: Tensor | None, constant: float | Tensor) -> Tensor:
     x = x if multiplier is None else share(torch.mul, x, multiplier.to(x.dtype), 1)
     return x if isinstance(constant, float) and constant == 1 else x * constant
-
-
-def _sum_to(x: Tensor, like: Tensor) -> Tensor:
-    """Sum x over the dims that broadcasting gave it beyond those of `like`."""
-    x = sum_groups(x, 1) if like.dim() < x.dim() - 1 else x
-    extra = x.dim() - like.dim()
-    dims = tuple(range(extra)) + tuple(i + extra for i, n in enumerate(like.shape) if n == 1)
-    summed = x.sum(dims, keepdim=True) if dims else x
-    return summed.reshape(like.shape)

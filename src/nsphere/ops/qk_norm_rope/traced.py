@@ -16,7 +16,7 @@ from nsphere.norms import compute_dtype
 from nsphere.ops.backend import cast
 from nsphere.ops.qk_norm_rope import reference
 from nsphere.ops.qk_norm_rope.reference import SideSpec, SideTensors
-from nsphere.ops.token_sums import sum_groups
+from nsphere.ops.token_sums import sum_to
 
 LEAST = 2.0**-60
 """The least size of a multiplier: a unit vector's components times this are normal numbers of fp32 and bf16."""
@@ -69,7 +69,7 @@ class _NormRope(torch.autograd.Function):
             # before the sum: what 2⁻⁶⁰ and a small gradient make together is below fp32
             grad, y = grad.to(inverse.dtype), y * (1 / _nonzero(factor))
             if ctx.needs_input_grad[1]:
-                dm = sum_groups(grad * y, 1).sum_to_size(multiplier.shape).to(multiplier.dtype)
+                dm = sum_to(grad * y, multiplier.shape, 1).to(multiplier.dtype)
             grad = grad * factor
         t = SideTensors(cos=cos, sin=sin, constant=ctx.constant)
         dx = reference.backward(grad, y, inverse, t, ctx.spec)[0]

@@ -273,7 +273,7 @@ def _multiplier_grad(rows: Tensor | None, m: Tensor | None, side: Side, like: Te
         return like.new_empty(0)
     total = rows.sum(0) if side.shape.multiplier_per_head else rows.sum((0, 1))
     flat = m.shape[-2:] if side.shape.multiplier_per_head else m.shape[-1:]
-    return reference._sum_to(total, m.reshape(flat)).reshape(m.shape).to(m.dtype)
+    return total.sum_to_size(flat).reshape(m.shape).to(m.dtype)
 
 
 def _contiguous_heads(x: Tensor) -> Tensor:
