@@ -53,6 +53,7 @@ bench: $(VENV)/.dev
 	$(BIN)/nsphere bench memory --json $(RESULTS)/memory.json
 	$(BIN)/nsphere bench decode --json $(RESULTS)/decode.json
 	$(BIN)/nsphere bench peers --json $(RESULTS)/peers.json
+	$(BIN)/python benchmarks/loss.py --json $(RESULTS)/loss.json
 	$(BIN)/python benchmarks/qk.py --json $(RESULTS)/qk.json
 	$(BIN)/python benchmarks/kernels.py --json $(RESULTS)/kernels.json
 

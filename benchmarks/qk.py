@@ -1,11 +1,13 @@
 """Does QKNorm in eager user code cost what the compiler makes of the formula?
 
-Forward and backward of norm + RoPE of q and k: eager Hugging Face code (Qwen3's), torch.compile on the plain formula,
-and nsphere's QKNorm called from eager code, by turns in one process; then how many graphs further lengths compile.
+Forward and backward of norm + RoPE of q and k: eager Hugging Face code (Qwen3's), `F.rms_norm` and RoPE, eager and
+compiled, torch.compile on the plain formula, Liger's kernels (on a GPU, where they are installed), and nsphere's QKNorm
+called from eager code, by turns in one process; then how many graphs further lengths compile.
 
     python benchmarks/qk.py --json benchmarks/results/qk.json
 """
 
+import importlib.util
 import os
 import time
 from dataclasses import dataclass
@@ -16,12 +18,14 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import harness
 import torch
+import torch.nn.functional as F
 
 from nsphere.qk_norm import QKNorm
 from nsphere.rope import RopeSpec
 
 BATCH, LENGTH, HEADS, KV_HEADS = 4, 1024, 16, 4
 HF, COMPILED, OURS = "hf eager", "torch.compile", "nsphere"
+RMS, RMS_COMPILED, LIGER = "F.rms_norm + RoPE", "F.rms_norm + RoPE, compiled", "liger"
 # of ours over the others, at most
 TARGETS = {COMPILED: 1.03, HF: 0.25}
 
@@ -74,6 +78,31 @@ def plain_weightless(q, k, q_weight, k_weight, cos, sin):
     return plain_side(q, 1.0, cos, sin), plain_side(k, 1.0, cos, sin)
 
 
+def rms_norm_rope(q, k, q_weight, k_weight, cos, sin):
+    """The norm that torch has, then the rotation; weights (or None) and tables [T, D] in the dtype of q."""
+    q, k = (F.rms_norm(x, x.shape[-1:], w, 1e-6) for x, w in ((q, q_weight), (k, k_weight)))
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return q * cos + hf_rotate_half(q) * sin, k * cos + hf_rotate_half(k) * sin
+
+
+def liger(q, k, q_weight, k_weight, cos, sin):
+    """Liger's RMSNorm (of rows [.., D]) and its rotation of [B, H, T, D]; Triton, so CUDA only."""
+    from liger_kernel.transformers.functional import liger_rms_norm, liger_rope
+
+    q, k = liger_rms_norm(q, q_weight, 1e-6).transpose(1, 2), liger_rms_norm(k, k_weight, 1e-6).transpose(1, 2)
+    q, k = liger_rope(q, k, cos, sin)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def why_no_liger(device, weighted):
+    """The reason Liger is not among what is measured, None if it is."""
+    if device != "cuda":
+        return "its kernels are Triton's, for a GPU"
+    if not weighted:
+        return "its norm has a weight"
+    return None if importlib.util.find_spec("liger_kernel") else "liger_kernel is not installed"
+
+
 def inputs(length, head_dim, dtype, device):
     """Leaf q and k and a gradient for each, and the tables."""
     generator = torch.Generator(device=device).manual_seed(0)
@@ -94,6 +123,8 @@ def arms(head_dim, dtype, device, weighted):
     low_weights = [torch.ones(head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
     qk_norm = our_module(head_dim, device, weighted)
     compiled = torch.compile(plain if weighted else plain_weightless)
+    rms_weights, rms_tables = low_weights if weighted else [None, None], [t.squeeze(0) for t in doubled]
+    rms_compiled = torch.compile(rms_norm_rope)
 
     def step(function):
         def run():
@@ -103,8 +134,14 @@ def arms(head_dim, dtype, device, weighted):
 
         return run
 
-    return {
+    if why_no_liger(device, weighted) is None:
+        others = {LIGER: step(lambda: liger(q, k, *low_weights, *doubled))}
+    else:
+        others = {}
+    return others | {
         HF: step(lambda: hf_eager(q, k, *low_weights, *doubled)),
+        RMS: step(lambda: rms_norm_rope(q, k, *rms_weights, *rms_tables)),
+        RMS_COMPILED: step(lambda: rms_compiled(q, k, *rms_weights, *rms_tables)),
         COMPILED: step(lambda: compiled(q, k, *weights, cos, sin)),
         OURS: step(lambda: qk_norm(q, k, rope=(cos, sin))),
     }
@@ -153,7 +190,7 @@ def main(args):
                 first = {arm: call()["ms"] / 1e3 for arm, call in calls.items()}
                 harness.interleave(calls, 3)
                 ms = {arm: values["ms"] for arm, values in harness.interleave(calls, args.rounds).items()}
-                over = {arm: harness.ratios(ms[OURS], ms[arm]) for arm in TARGETS}
+                over = {arm: harness.ratios(ms[OURS], ms[arm]) for arm in ms if arm != OURS}
                 missed += [
                     f"{name}: {over[arm][1]:.3f} of {arm}" for arm, most in TARGETS.items() if over[arm][1] > most
                 ]
@@ -171,15 +208,18 @@ def main(args):
                 rows.append(
                     [
                         name,
-                        *(f"{times[arm][1]:.2f}" for arm in (HF, COMPILED, OURS)),
-                        *("{1:.3f} ({0:.3f}–{2:.3f})".format(*over[arm]) for arm in (COMPILED, HF)),
+                        f"{times[OURS][1]:.2f}",
+                        *("{1:.3f} ({0:.3f}–{2:.3f})".format(*over[arm]) for arm in (COMPILED, HF, RMS, RMS_COMPILED)),
+                        "{1:.3f} ({0:.3f}–{2:.3f})".format(*over[LIGER]) if LIGER in over else "–",
                         f"{first[OURS]:.1f}",
                     ]
                 )
                 print(*rows[-1], flush=True)
     graphs = graphs_by_length(64, torch.bfloat16, args.device)
     print(f"graphs compiled after lengths {graphs}; beyond targets: {missed or 'nothing'}")
-    header = ["", "hf ms", "compile ms", "ours ms", "over compile", "over hf", "first call s"]
+    print(f"liger: {why_no_liger(args.device, True) or 'measured where the norm has a weight'}")
+    over = [f"over {arm}" for arm in (COMPILED, HF, RMS, RMS_COMPILED, LIGER)]
+    header = ["", "ours ms", *over, "first call s"]
     shape = f"B{BATCH} S{LENGTH} Hq{HEADS} Hkv{KV_HEADS}"
     title = f"norm + RoPE of q and k, forward + backward, {shape}, medians of {args.rounds}"
     harness.finish(title, header, rows, {"kinds": results, "graphs_by_length": graphs, "missed": missed}, args.json)

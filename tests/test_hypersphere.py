@@ -1,6 +1,7 @@
 """SphereLinear, SphereEmbedding, Scale: values, gradients and the checks of norms."""
 
 import math
+from types import MappingProxyType
 
 import plain_models
 import pytest
@@ -212,7 +213,7 @@ class TestAssertOnHypersphere:
 
 def test_a_class_may_say_what_is_on_the_sphere_and_a_module_may_say_otherwise():
     class Rows(nn.Linear):
-        sphere_dims = {"weight": 1}
+        sphere_dims = MappingProxyType({"weight": 1})
 
     class Columns(nn.Linear):
         @property
