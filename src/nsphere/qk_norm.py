@@ -355,6 +355,7 @@ class QKNorm(nn.Module):
     def _factors(name: str, x: Tensor, own: Any, given: Tensor | None, positions: Tensor | None) -> list[Tensor]:
         """The factors on x that are tensors, each broadcastable to [B, T, H, D]."""
         factors = [] if given is None else [given]
+        own = None if _is_number(own) else own  # a compiled graph may have a variable in its place, without attributes
         takes_positions = getattr(own, "takes_positions", callable(own) and not isinstance(own, nn.Module | Tensor))
         if takes_positions and positions is None:
             raise ValueError("this QKNorm's multiplier depends on position; pass positions=")

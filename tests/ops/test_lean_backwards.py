@@ -8,10 +8,10 @@ from functorch.compile import make_boxed_func
 from tolerances import assert_close
 from torch._dynamo.backends.common import aot_autograd
 
-from nsphere.norms import L2Norm, RMSNorm
+from nsphere.norms import L2Norm, NormSpec, RMSNorm
 from nsphere.ops.normalized_update import lean, reference
+from nsphere.ops.qk_norm_rope import qk_norm_rope, traced
 from nsphere.ops.qk_norm_rope import reference as qk_reference
-from nsphere.ops.qk_norm_rope import traced
 from nsphere.ops.qk_norm_rope.reference import SideSpec, SideTensors
 from nsphere.rope import RopeSpec
 
@@ -176,6 +176,28 @@ def test_in_a_compiled_graph_they_are_the_same(multiplied, dtype):
     for a, b in zip(gradients(compiled, inputs), gradients(step, inputs), strict=True):
         torch.testing.assert_close(a, b)
         assert b.abs().max() > 0
+
+
+def test_one_compiled_function_meets_several_eps():
+    """From the second on the compiler takes a spec's eps for a variable, which q's and k's autograd functions share."""
+    torch._dynamo.reset()
+    x = torch.randn(1, 2, 1, 4, generator=torch.Generator().manual_seed(0))
+
+    def function(x, spec):
+        q, k = qk_norm_rope(2 * x, x, spec, spec, SideTensors(), SideTensors())
+        return q + k.sin()
+
+    def plain(x, spec):
+        q, k = (qk_reference.forward(y, SideTensors(), spec)[0] for y in (2 * x, x))
+        return q + k.sin()
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for eps in (1e-6, 0.5, 2.0):
+        spec = SideSpec(NormSpec("rms", eps, eps_place="added"), None)
+        got = gradients(lambda x, spec=spec: compiled(x, spec), [x])
+        expected = gradients(lambda x, spec=spec: plain(x, spec), [x.double()])
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-6)
 
 
 def test_weights_factors_of_zero_and_tables_with_gradients_are_left_to_autograd():

@@ -1,5 +1,6 @@
 """The kernels of norm + RoPE + multiplier in Triton's interpreter, against the formula written out in fp64."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -202,6 +203,103 @@ def test_one_side_alone_tables_per_head_and_factors_per_token():
         results.append([y.detach(), x.grad, w.grad])
     for a, b in zip(*results, strict=True):
         assert error(a, b) <= FP32
+
+
+def against_the_reference(q_spec, k_spec, sides, q, k, grads):
+    """Outputs and gradients of q, k and all that is learned; `sides` makes the tensors of both, in a dtype."""
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        tensors = sides(dtype)
+        learned = [w for t in tensors for w in (t.weight, t.bias, t.multiplier) if w is not None]
+        leaves = [*(x.to(dtype, copy=True).requires_grad_() for x in (q, k)), *(w.requires_grad_() for w in learned)]
+        outputs = qk_norm_rope(*leaves[:2], q_spec, k_spec, *tensors, backend=backend)
+        results.append(
+            [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in grads])]
+        )
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert error(a, b) <= FP32, f"output {i}: {error(a, b):.3g}"
+
+
+def some(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_factors_of_every_kind_at_once(norm_first, bias):
+    """q has weight, bias, scale, constant and a learned multiplier; k, without a weight, undoes scale and constant."""
+    (q, k), grads = inputs()
+    q_norm = NormSpec("rms", 1e-3, weight="shared", bias=bias, scale=1.5, zero_centered=bias)
+    specs = [SideSpec(norm, ROPES["interleaved"], norm_first) for norm in (q_norm, NormSpec("l2", 0.0, scale=3.0))]
+
+    def sides(dtype):
+        tables = [t.to(dtype) for t in tables_for(ROPES["interleaved"])]
+        shift = some(D, seed=2).to(dtype) if bias else None
+        q_side = SideTensors(some(D, seed=1).to(dtype), shift, *tables, some(H, D, seed=3).to(dtype), -0.7)
+        return q_side, SideTensors(None, None, *tables, None, 2.5)
+
+    against_the_reference(*specs, sides, q, k, grads)
+
+
+@pytest.mark.parametrize("weight", ["shared", "per_head"])
+def test_heads_in_several_blocks(monkeypatch, weight):
+    """Five heads by two, the last block short, and three by one, so that one is empty; a program has many tokens."""
+    monkeypatch.setattr(triton, "TILE", 16)
+    heads = (5, 3)
+    q, k, *grads = (some(B, 2, n, D, seed=i) for i, n in enumerate(heads * 2))
+    spec = SideSpec(NormSpec("layer", 1e-3, weight=weight, bias=True), ROPES["half"])
+
+    def sides(dtype):
+        tables, made = [t.to(dtype) for t in tables_for(ROPES["half"], 2)], []
+        for n in heads:
+            shape = (D,) if weight == "shared" else (n, D)
+            made.append(SideTensors(*(some(*shape, seed=n + i).to(dtype) for i in (5, 6)), *tables))
+        return dataclasses.replace(made[0], multiplier=some(5, 1, seed=8).to(dtype)), made[1]
+
+    against_the_reference(spec, spec, sides, q, k, grads)
+
+
+def test_a_statistic_over_three_heads_of_six_dims():
+    """Neither is a power of two: a tile has heads and pairs that are not there."""
+    q, k, *grads = (some(B, 3, 3, 6, seed=i) for i in range(4))
+    rope = RopeSpec(4)
+    spec = SideSpec(NormSpec("layer", 1e-3, weight="full", bias=True), rope, over="full")
+
+    def sides(dtype):
+        tables = [t.to(dtype) for t in tables_for(rope)]
+        return [SideTensors(*(some(18, seed=i + j).to(dtype) for j in (0, 1)), *tables) for i in (4, 6)]
+
+    against_the_reference(spec, spec, sides, q, k, grads)
+
+
+def test_tables_between_other_numbers_and_tables_of_zeros():
+    """Cosines and sines side by side, as a complex tensor has them; a token of padding, whose tables are 0."""
+    (q, k), grads = inputs()
+    both = torch.stack(tables_for(ROPES["half"]), -1)
+    both[1] = 0
+    spec = SideSpec(NormSpec("rms", 1e-3), ROPES["half"])
+
+    def sides(dtype):
+        return [SideTensors(None, None, *both.to(dtype).unbind(-1))] * 2
+
+    against_the_reference(spec, spec, sides, q, k, grads)
+
+
+@pytest.mark.parametrize("eps_place", ["clamp", "added"])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_zero_row_beside_an_eps(eps_place, norm_first):
+    (q, k), grads = inputs()
+    q[0, 1] = k[1, 0] = 0
+    specs = [
+        SideSpec(NormSpec("rms", 1e-3, eps_place=eps_place, weight=w), ROPES["half"], norm_first)
+        for w in ("shared", "none")
+    ]
+
+    def sides(dtype):
+        tables = [t.to(dtype) for t in tables_for(ROPES["half"])]
+        return SideTensors(some(D, seed=1).to(dtype), None, *tables), SideTensors(None, None, *tables)
+
+    against_the_reference(*specs, sides, q, k, grads)
 
 
 def test_an_empty_batch_and_gradients_of_one_side():

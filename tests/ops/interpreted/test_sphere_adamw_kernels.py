@@ -1,10 +1,12 @@
 """The kernels of AdamW and projection in Triton's interpreter, against torch's AdamW and the formula in fp64."""
 
+import itertools
+
 import pytest
 import torch
 
 from nsphere.ops.normalize_matrices import normalize_matrices_
-from nsphere.ops.sphere_adamw import sphere_adamw_
+from nsphere.ops.sphere_adamw import sphere_adamw_, triton
 
 OPTIONS = {"lr": 0.02, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = [((5, 16), 1), ((6, 12), 1), ((3, 16), 1), ((140, 48), 0), ((7, 5), 0), ((7,), None), ((5, 300), None)]
@@ -87,6 +89,37 @@ def test_stochastic_rounding_takes_either_neighbour_and_is_right_on_average():
     assert ((draws - weight.double()).abs() < gap).all()
     assert (draws.std(0) > 0).double().mean() > 0.9
     assert (((draws.mean(0) - weight.double()) / gap).abs() <= 5 * 0.5 / 60**0.5).all()
+
+
+def test_a_weight_in_several_parts(monkeypatch):
+    """As above, with programs of 4 rows at most, the last of them short."""
+    monkeypatch.setattr(triton, "TILE", 64)
+    weights, grads = draw(0), draw(1)
+    exact = [w.double() for w in weights]
+    sphere_adamw_(weights, grads, **state(weights), **OPTIONS, backend="triton")
+    sphere_adamw_(exact, grads, **state(exact), **OPTIONS, backend="reference")
+    for w, e in zip(weights, exact, strict=True):
+        torch.testing.assert_close(w.double(), e, rtol=2e-6, atol=1e-6)
+
+
+def test_stochastic_rounding_is_its_own_in_every_row_weight_and_step():
+    """And an infinity stays one; a copy in fp16 is rounded to the nearest."""
+
+    def copies(seed, dtype=torch.bfloat16):
+        weights = [torch.full((2, 16), 1.003), torch.full((2, 16), 1.003), torch.tensor([1.003, torch.inf])]
+        rounded = [torch.empty_like(w, dtype=dtype) for w in weights]
+        kept = {name: [torch.zeros_like(w) for w in weights] for name in ("exp_avgs", "exp_avg_sqs")}
+        grads = [torch.ones_like(w) for w in weights]
+        kept |= {"steps": [torch.zeros(()) for _ in weights], "dims": [None] * 3, "rounded": rounded}
+        sphere_adamw_(weights, grads, **kept, **OPTIONS | {"lr": 0.0}, rounding_seed=seed, backend="triton")
+        assert rounded[2][1] == torch.inf
+        return rounded[:2]
+
+    drawn = [row for seed in (5, 6) for w in copies(seed) for row in w]
+    assert all(row.unique().numel() == 2 for row in drawn)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+    for w in copies(5, torch.float16):  # the interpreter may cut off
+        torch.testing.assert_close(w.float(), torch.full((2, 16), 1.003), rtol=2**-10, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

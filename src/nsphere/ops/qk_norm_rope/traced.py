@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsphere.norms import compute_dtype
+from nsphere.norms import compute_dtype, eps_of
 from nsphere.ops.backend import cast
 from nsphere.ops.qk_norm_rope import reference
 from nsphere.ops.qk_norm_rope.reference import SideSpec, SideTensors
@@ -36,6 +36,8 @@ def suits(x: Tensor, spec: SideSpec, t: SideTensors) -> bool:
 
 def norm_rope(x: Tensor, spec: SideSpec, t: SideTensors) -> Tensor:
     """`nsphere.ops.qk_norm_rope.norm_rope`, first derivatives only."""
+    # an eps that the compiler takes for a variable, because it differs between calls, has to be met outside first
+    assert spec.norm is not None and eps_of(spec.norm, x.dtype) >= 0
     return _NormRope.apply(x, t.multiplier, t.cos, t.sin, t.constant, spec)
 
 
