@@ -23,12 +23,12 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.dev
 	$(MAKE) --jobs=3 --output-sync=target lint types docs
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # not lint and types: an old linter knows other rules
 oldest:
 	$(MAKE) .venv-oldest/.dev VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
-	.venv-oldest/bin/python -m pytest -n auto
+	.venv-oldest/bin/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -78,5 +78,7 @@ $(VENV)/.train: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@echo "installing nsphere and its test tools into $(VENV) (about two minutes)"
-	$(PIP) install -c $(CONSTRAINTS) -e '.[train,hf,docs,dev]'
+	$(PIP) install --no-compile -c $(CONSTRAINTS) -e '.[train,hf,docs,dev]'
+	@# what pip would do on one core; a few files of packages are for newer Pythons and can't be compiled
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@ $(VENV)/.train

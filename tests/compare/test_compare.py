@@ -40,6 +40,12 @@ def run(tmp_path: Path, what: CompareConfig = WHAT, resume: bool = False, **chan
     return compare(what, tiny.config(**changes), tiny.options(), data, tmp_path / "out", resume=resume)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Half the time of a comparison this small is drawing; other tests here have a page."""
+    monkeypatch.setattr(comparison, "write_report", lambda summary, path: path.write_text("a page"))
+
+
 @pytest.fixture(scope="module")
 def two_seeds(tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("compare")
@@ -92,6 +98,7 @@ def test_peak_memory_counts_the_state_of_the_arm(two_seeds) -> None:
         assert arm["peak_memory_bytes"] >= 12 * arm["num_parameters"]  # fp32 weights and two moments
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path, monkeypatch) -> None:
     step = Trainer.step
     whole = run(tmp_path)
@@ -188,6 +195,7 @@ def test_bad_comparisons_write_nothing(tmp_path, what, message) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_another_comparison_is_not_written_over(tmp_path) -> None:
     what = dataclasses.replace(WHAT, arms=("gpt",))
     run(tmp_path, what)
@@ -197,6 +205,7 @@ def test_another_comparison_is_not_written_over(tmp_path) -> None:
         run(tmp_path, what, resume=True, steps=7)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_signal_in_the_last_step_of_an_arm_stops_the_comparison(tmp_path, monkeypatch) -> None:
     step = Trainer.step
 
@@ -246,6 +255,7 @@ def test_recipes_are_told(two_seeds) -> None:
     assert summary["arms"]["ngpt"]["lr_source"] == "given"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_from_different_machines_are_pointed_out(two_seeds, tmp_path) -> None:
     out, summary = two_seeds
     assert not any(limit.startswith("Machines") for limit in summary["limits"])

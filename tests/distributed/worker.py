@@ -1,9 +1,10 @@
-"""What the ranks of a test do: started by torchrun, they run many checks in one process group and write the numbers.
+"""What the ranks of a test do: many checks in one process group, whose numbers they write.
 
-torchrun --nproc-per-node N worker.py FOLDER
+worker.py FOLDER two_ranks 2
 """
 
 import copy
+import gc
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ranks
 import tiny
 import torch
 import torch.distributed as dist
@@ -33,7 +35,7 @@ from nsphere.train.model_state import canonical_name
 from nsphere.train.muon import ShardedMuon
 from nsphere.train.trainer import Trainer
 
-STEPS, FEW = 10, 4
+STEPS, FEW = 10, 2  # the mutations show what two steps see
 FULL = "gpt-qknorm:qk_norm_over=full"
 NANOGPT = ("gpt:convention=nanogpt,bias=true", "gpt:convention=nanogpt,tied=false")
 SHAPE: dict[str, Any] = {"d_model": 32, "num_heads": 4, "d_mlp": 64, "batch_size": 8, "steps": STEPS}
@@ -405,11 +407,18 @@ def compiled(job: Job) -> dict[str, Any]:
         }
 
 
-if __name__ == "__main__":
+def work(what: Callable[[Job], dict[str, Any]], folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    job = Job(Path(sys.argv[1]))
-    numbers = {"two_ranks": two_ranks, "four_ranks": four_ranks, "compiled": compiled}[sys.argv[2]](job)
+    numbers = what(Job(folder))
     if dist.get_rank() == 0:
-        (job.folder / f"{sys.argv[2]}.json").write_text(json.dumps(numbers, indent=1))
+        (folder / f"{what.__name__}.json").write_text(json.dumps(numbers, indent=1))
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    folder, what = Path(sys.argv[1]), {f.__name__: f for f in (two_ranks, four_ranks, compiled)}[sys.argv[2]]
+    gc.freeze()  # what is imported is shared by the ranks, and not looked through by each
+    job = ranks.Job(int(sys.argv[3]), lambda _: work(what, folder), folder / f"{what.__name__}.log")
+    if any(job.wait(540)):
+        sys.exit(job.output()[-6000:])

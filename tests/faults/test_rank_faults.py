@@ -19,6 +19,7 @@ def run(*command: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork")
 class TestRanks:
     def test_cases(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the triton package is not installed")
 @pytest.mark.parametrize("folder", ["interpreted", "on_device"])
 def test_in_the_interpreter(folder):

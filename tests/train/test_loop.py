@@ -306,6 +306,7 @@ train("ngpt", config, RunOptions(threads=2, checkpoint_every=5, tensorboard=Fals
 """
 
 
+@pytest.mark.slow
 def test_compiled_with_two_threads_is_bit_identical_when_killed(tmp_path, data, monkeypatch) -> None:
     """A whole run, and one killed with SIGKILL in its middle and resumed, in fresh processes: the same last bits.
 
