@@ -1,7 +1,8 @@
 """What does the loss at the end of a language model cost: output projection and cross-entropy, forward and backward?
 
-nsphere's `linear_cross_entropy` against full logits and `F.cross_entropy`, and against torch's own `linear_cross_entropy`
-(from 2.13; by default it stores the logits, and its chunks know no compiler), eager and compiled, by turns in one process.
+nsphere's `linear_cross_entropy` against full logits with `F.cross_entropy`, and against torch's `linear_cross_entropy`
+(from 2.13; by default it stores the logits, and its chunks are not compiled); eager and compiled, by turns in one
+process.
 
     python benchmarks/loss.py --json benchmarks/results/loss.json
 """
