@@ -712,3 +712,14 @@ def test_a_backend_that_would_be_ignored_is_refused():
         asked = QKNorm("rms", head_dim=D, backend="reference", **options)(q, k)
         for a, b in zip(asked, QKNorm("rms", head_dim=D, **options)(q, k), strict=True):
             assert torch.equal(a, b)
+
+
+def test_one_compiled_function_meets_several_numbers_as_multiplier():
+    """From the second on the compiler takes the number for a variable, which has no attributes."""
+    torch._dynamo.reset()
+    x = torch.randn(1, 3, 2, 8)
+    compiled = torch.compile(lambda module, x: module(x, x), backend="eager", fullgraph=True)
+    for number in (2.0, 3.0, 5.5):
+        module = QKNorm("l2", head_dim=8, multiplier=number)
+        for mine, eager in zip(compiled(module, x), module(x, x), strict=True):
+            torch.testing.assert_close(mine, eager)
