@@ -186,7 +186,7 @@ def sphere_matrices(model: nn.Module) -> Iterator[SphereMatrix]:
     """
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        # every optimizer step walks here: a plain getattr of what most modules lack takes half its time
+        # every optimizer step walks here, and a getattr of what most modules lack is slow
         own = vars(module).get("sphere_dims") is not None or hasattr(type(module), "sphere_dims")
         dims = module.sphere_dims if own else {}
         if not dims or getattr(module, "projection", "step") == "forward":

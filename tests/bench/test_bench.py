@@ -124,6 +124,8 @@ def test_bad_input_is_one_line_and_2(capsys, tmp_path):
     assert main(["bench"]) == 2
     assert main(["bench", "step", "--rounds", "x"]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+    assert main(["bench", "step", "--seconds", "0"]) == 2
+    assert capsys.readouterr().err == "nsphere bench: --seconds is 0.0; give more than 0, or leave it out\n"
     assert main(["bench", "decode", "--size", "demo", "--new-tokens", "0"]) == 2
     assert capsys.readouterr().err == "nsphere bench: new_tokens must be at least 1, got 0\n"
     for path, why in ((tmp_path, "is a folder"), (Path(__file__) / "x.json", "is a file")):

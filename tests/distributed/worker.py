@@ -35,7 +35,7 @@ from nsphere.train.model_state import canonical_name
 from nsphere.train.muon import ShardedMuon
 from nsphere.train.trainer import Trainer
 
-STEPS, FEW = 10, 2  # the mutations show what two steps see
+STEPS, FEW = 10, 4
 FULL = "gpt-qknorm:qk_norm_over=full"
 NANOGPT = ("gpt:convention=nanogpt,bias=true", "gpt:convention=nanogpt,tied=false")
 SHAPE: dict[str, Any] = {"d_model": 32, "num_heads": 4, "d_mlp": 64, "batch_size": 8, "steps": STEPS}
