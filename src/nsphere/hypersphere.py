@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsphere.ops import row_scaled_linear
 from nsphere.ops.embedding import embedding
 from nsphere.ops.normalize_matrices import normalize_matrices_ as _normalize_matrices_
 from nsphere.ops.normalize_matrices.sharded import norms as sharded_norms
@@ -110,14 +111,21 @@ class SphereLinear(nn.Module):
         if not self.weight.is_meta:
             _normalize_matrices_([(self.weight, self.sphere_dims["weight"])], backend="reference")
 
+    def _unit_weight(self) -> Tensor:
+        return unit(self.weight, self.sphere_dims["weight"]) if self.projection == "forward" else self.weight
+
     def folded_weight(self) -> Tensor:
         """[out, in]: the matrix that acts on x, its scale and gain folded in; fp32 where the weight is."""
-        weight = unit(self.weight, self.sphere_dims["weight"]) if self.projection == "forward" else self.weight
+        weight = self._unit_weight()
         if self.scale is not None:
             return weight * (self.scale() * self.gain).unsqueeze(-1)
         return weight if self.gain == 1.0 else weight * self.gain
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.scale is not None:
+            weight, factor = self._unit_weight(), self.scale() * self.gain
+            if row_scaled_linear.suits(x, weight, factor):
+                return row_scaled_linear.row_scaled_linear(x, weight, factor)
         return F.linear(x, self.folded_weight())
 
     def extra_repr(self) -> str:

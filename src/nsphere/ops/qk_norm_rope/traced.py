@@ -14,12 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from nsphere.norms import compute_dtype, eps_of
 from nsphere.ops.backend import cast
+from nsphere.ops.nonzero import nonzero
 from nsphere.ops.qk_norm_rope import reference
 from nsphere.ops.qk_norm_rope.reference import SideSpec, SideTensors
 from nsphere.ops.token_sums import sum_to
-
-LEAST = 2.0**-60
-"""The least size of a multiplier: a unit vector's components times this are normal numbers of fp32 and bf16."""
 
 
 def suits(x: Tensor, spec: SideSpec, t: SideTensors) -> bool:
@@ -55,7 +53,7 @@ class _NormRope(torch.autograd.Function):
         t = SideTensors(cos=cos, sin=sin, constant=constant)
         y, inverse = reference.forward(x.to(compute_dtype(x)), t, spec)
         if multiplier is not None:
-            y = y * _nonzero(multiplier.to(y.dtype))
+            y = y * nonzero(multiplier.to(y.dtype))
         y = cast(y, x.dtype)
         ctx.save_for_backward(y, inverse, multiplier, cos, sin)
         ctx.constant, ctx.spec = constant, spec
@@ -69,14 +67,10 @@ class _NormRope(torch.autograd.Function):
         if multiplier is not None:
             factor = multiplier.to(inverse.dtype)
             # before the sum: what 2⁻⁶⁰ and a small gradient make together is below fp32
-            grad, y = grad.to(inverse.dtype), y * (1 / _nonzero(factor))
+            grad, y = grad.to(inverse.dtype), y * (1 / nonzero(factor))
             if ctx.needs_input_grad[1]:
                 dm = sum_to(grad * y, multiplier.shape, 1).to(multiplier.dtype)
             grad = grad * factor
         t = SideTensors(cos=cos, sin=sin, constant=ctx.constant)
         dx = reference.backward(grad, y, inverse, t, ctx.spec)[0]
         return dx.to(dtype), dm, None, None, None, None
-
-
-def _nonzero(multiplier: Tensor) -> Tensor:
-    return torch.where(multiplier.abs() < LEAST, LEAST, multiplier)
