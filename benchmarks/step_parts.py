@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import harness
 import torch
@@ -19,6 +19,7 @@ import tyro
 from torch.profiler import ProfilerActivity, profile
 
 from nsphere.bench.step import ARMS, SIZES, Size, SizeName, make_trainers, timed_step
+from nsphere.train.config import DtypeName
 from nsphere.train.machine import has_bf16
 from nsphere.train.trainer import Trainer
 
@@ -34,12 +35,14 @@ class Args:
     """As in `nsphere bench step`."""
     layers: int | None = None
     """Blocks; the size's if not given."""
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
-    """Of the products."""
+    dtypes: tuple[DtypeName, ...] = ("auto",)
+    """Of the products; auto is bfloat16 where the processor has it, as in training."""
     arms: tuple[str, ...] = ARMS
     """What to measure; the first two are what the others are divided by."""
     rounds: int = 7
     """Steps of each arm that count."""
+    seconds: float | None = None
+    """After so many (not counting compilation and warm-up) a dtype gets no round but the first three."""
     threads: int = 2
     """Threads of torch."""
     json: Path | None = None
@@ -98,6 +101,7 @@ def measure(args: Args, dtype: Any) -> dict[str, dict[str, Any]]:
         values = harness.interleave(
             {arm: lambda t=t: profiled_step(t) for arm, t in trainers.items()},  # type: ignore[misc]
             args.rounds,
+            args.seconds,
         )
     return {
         arm: {
@@ -116,7 +120,9 @@ def main(args: Args) -> None:
 
     inductor.cpp.enable_kernel_profile = True
     results, rows = {}, []
-    for dtype in args.dtypes:
+    bf16 = has_bf16(torch.device("cpu")).available
+    for asked in args.dtypes:
+        dtype = asked if asked != "auto" else "bfloat16" if bf16 else "float32"
         for arm, found in measure(args, dtype).items():
             name = f"{dtype}, products by way of float32" if emulated(dtype) else dtype
             results.setdefault(name, {})[arm] = found
