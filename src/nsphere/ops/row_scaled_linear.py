@@ -42,13 +42,13 @@ class _RowScaledLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, scale)
-        return F.linear(x, weight * nonzero(scale).unsqueeze(-1))
+        return F.linear(x, weight * scale.unsqueeze(-1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, scale = ctx.saved_tensors
-        factor = nonzero(scale)
+        factor = nonzero(scale)  # the scale's own gradient is had by a division
         scaled = grad * factor
         weight_grad = scaled.reshape(-1, weight.shape[0]).mT @ x.reshape(-1, weight.shape[1])
         # Σ W ⊙ (gradᵀ x), each row of which is at hand times s
