@@ -62,6 +62,15 @@ def test_one_eigen_lr_for_all():
     check(h, o, lr[0], grad)
 
 
+@pytest.mark.parametrize("view", [lambda lr: lr[:1].expand(16), lambda lr: lr.repeat_interleave(2)[::2]])
+def test_a_view_as_eigen_lr(view):
+    """One number for all dims, and every second of a longer vector."""
+    h, o, lr, grad = draw((4, 16))
+    lr = view(lr)
+    assert not lr.is_contiguous()
+    check(h, o, lr, grad)
+
+
 def test_bf16_is_off_by_less_than_a_unit_in_the_last_place():
     # the interpreter cuts off where a GPU rounds: one unit of error where that has half of one
     h, o, lr, grad = draw((20, 48))
