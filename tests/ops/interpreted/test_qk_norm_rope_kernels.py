@@ -224,6 +224,29 @@ def some(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_inputs_and_gradients_whose_last_dim_is_not_contiguous(compiled):
+    """Heads as columns, one number for all dims of a head, and heads that overlap."""
+    torch._dynamo.reset()
+    spec = SideSpec(NormSpec("rms", 1e-3, weight="shared"), None)
+    columns, one, windows = (
+        some(B, 3, D, H, seed=0).mT,
+        some(B, 3, H, 1, seed=1).expand(B, 3, H, D),
+        some(B, 3, 11, seed=2),
+    )
+    function = torch.compile(qk_norm_rope, fullgraph=True, backend="aot_eager") if compiled else qk_norm_rope
+    for q in (columns, one, windows.unfold(-1, D, 1)):
+        results = []
+        for call, backend, dtype in ((function, "triton", torch.float32), (qk_norm_rope, "reference", torch.float64)):
+            leaves = [x.to(dtype).detach().requires_grad_() for x in (q, columns, some(D, seed=3), some(D, seed=4))]
+            assert dtype == torch.float64 or leaves[0].stride() == q.stride()
+            outputs = call(*leaves[:2], spec, spec, *(SideTensors(w) for w in leaves[2:]), backend=backend)
+            grads = [q.to(dtype), columns.to(dtype)]
+            results.append([*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, grads)])
+        for a, b in zip(*results, strict=True):
+            assert error(a, b) <= FP32
+
+
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_factors_of_every_kind_at_once(norm_first, bias):
@@ -259,17 +282,47 @@ def test_heads_in_several_blocks(monkeypatch, weight):
     against_the_reference(spec, spec, sides, q, k, grads)
 
 
-def test_a_statistic_over_three_heads_of_six_dims():
-    """Neither is a power of two: a tile has heads and pairs that are not there."""
-    q, k, *grads = (some(B, 3, 3, 6, seed=i) for i in range(4))
+@pytest.mark.parametrize("head_dim", [6, 8])
+def test_a_statistic_over_three_heads(head_dim):
+    """A tile has heads that are not there, of six dims pairs as well, of eight none."""
+    q, k, *grads = (some(B, 3, 3, head_dim, seed=i) for i in range(4))
     rope = RopeSpec(4)
     spec = SideSpec(NormSpec("layer", 1e-3, weight="full", bias=True), rope, over="full")
 
     def sides(dtype):
         tables = [t.to(dtype) for t in tables_for(rope)]
-        return [SideTensors(*(some(18, seed=i + j).to(dtype) for j in (0, 1)), *tables) for i in (4, 6)]
+        return [SideTensors(*(some(3 * head_dim, seed=i + j).to(dtype) for j in (0, 1)), *tables) for i in (4, 6)]
 
     against_the_reference(spec, spec, sides, q, k, grads)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeSpec(12, layout="interleaved", output="half", blocks=2, where="trailing"),
+        RopeSpec(12, blocks=3, where="trailing"),
+        RopeSpec(4, where="trailing", sign=-1),
+        RopeSpec(8, layout="interleaved", where="trailing"),
+        RopeSpec(8, layout="interleaved", output="half"),
+    ],
+    ids=str,
+)
+def test_rotations_of_a_part_in_every_order(rope, norm_first):
+    """A weight, a bias and a multiplier for each dim, that differ: each is of the dim that it belongs to."""
+    head_dim = 16
+    q, k, *grads = (some(B, 3, n, head_dim, seed=i) for i, n in enumerate((2, 1) * 2))
+    norm = NormSpec("layer", 1e-3, weight="per_head", bias=True)
+    tables = rope.tables(torch.arange(2, 5))
+
+    def sides(dtype):
+        cos, sin = (t.to(dtype) for t in tables)
+        learned = [[some(n, head_dim, seed=n + i).to(dtype) for i in (5, 7)] for n in (2, 1)]
+        q_side = SideTensors(*learned[0], cos, sin, some(head_dim, seed=9).to(dtype))
+        return q_side, SideTensors(None, None, cos, sin)
+
+    k_spec = SideSpec(NormSpec("l2", 0.0), rope, norm_first)
+    against_the_reference(SideSpec(norm, rope, norm_first), k_spec, sides, q, k, grads)
 
 
 def test_tables_between_other_numbers_and_tables_of_zeros():
@@ -323,6 +376,24 @@ def test_heads_beyond_2_to_the_31_elements():
     spec = SideSpec(NormSpec("rms", 1e-6), None)
     got, expected = (norm_rope(x, spec, SideTensors(), backend="triton") for x in (far, far.contiguous()))
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_tokens_and_batches_beyond_2_to_the_31_elements(dim):
+    """Read, in the forward and in the backward, and written: a number and the stride fit 32 bits, their product not."""
+    pages = torch.UntypedStorage(2 * (2**31 + 64))
+    shape, strides = [1, 1, 2, 8], [32, 16, 8, 1]
+    shape[dim], strides[dim] = 3, 2**30 + 16
+    far = torch.tensor([], dtype=torch.bfloat16).set_(pages, 0, tuple(shape), tuple(strides))
+    far.copy_(some(*shape, seed=0))
+    spec, weight = SideSpec(NormSpec("rms", 1e-6, weight="shared"), None), some(8, seed=1)
+    results = []
+    for x in (far, far.contiguous()):
+        leaf = x.detach().requires_grad_()
+        y = norm_rope(leaf, spec, SideTensors(weight), backend="triton")
+        y.backward(x.detach())
+        results.append((y.detach(), leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_sums_are_the_same_from_run_to_run():

@@ -281,6 +281,12 @@ def _contiguous_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _empty_heads(x: Tensor) -> Tensor:
+    """Of x's shape, and in its order of dims unless that does not end with a contiguous one, which kernels write."""
+    made = torch.empty_like(x)
+    return made if made.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 def _ready(t: SideTensors) -> SideTensors:
     """Weights as rows without gaps, tables with the same strides."""
     cos, sin = t.cos, t.sin
@@ -327,7 +333,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q, k, 1/root of q, 1/root of k); k and what goes with it may be absent, and is then empty."""
     xs = [_contiguous_heads(x) for x in (q, k) if x is not None]
-    ys = [torch.empty_like(x) for x in (q, k) if x is not None]
+    ys = [_empty_heads(x) for x in (q, k) if x is not None]
     inverses = [_inverse_like(x, spec) for x, spec in zip(xs, decode(plan), strict=True)]
     flat = (q_weight, q_bias, q_cos, q_sin, q_multiplier, k_weight, k_bias, k_cos, k_sin, k_multiplier)
     if q.numel() or (k is not None and k.numel()):
@@ -342,8 +348,8 @@ def forward(
 def _(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     specs = decode(rest[-1])
     if k is None:
-        return torch.empty_like(q), q.new_empty(0), _inverse_like(q, specs[0]), q.new_empty(0, dtype=torch.float32)
-    return torch.empty_like(q), torch.empty_like(k), _inverse_like(q, specs[0]), _inverse_like(k, specs[1])
+        return _empty_heads(q), q.new_empty(0), _inverse_like(q, specs[0]), q.new_empty(0, dtype=torch.float32)
+    return _empty_heads(q), _empty_heads(k), _inverse_like(q, specs[0]), _inverse_like(k, specs[1])
 
 
 @torch.library.custom_op("nsphere::qk_norm_rope_backward", mutates_args=())
@@ -372,7 +378,7 @@ def backward(
     """The gradients (q, its weight, bias, multiplier, k, its weight, bias, multiplier); empty where not `wanted`."""
     grads = [_contiguous_heads(g) for g in (q_grad, k_grad) if g is not None]
     saved = [None if x is None else _contiguous_heads(x) for x in (q_saved, k_saved)]
-    dxs = [torch.empty_like(g) for g in grads]
+    dxs = [_empty_heads(g) for g in (q_grad, k_grad) if g is not None]
     flat = (q_weight, q_bias, q_cos, q_sin, q_multiplier, k_weight, k_bias, k_cos, k_sin, k_multiplier)
     results: list[Tensor] = []
     if not any(g.numel() for g in grads):
@@ -404,7 +410,7 @@ def _(q_grad: Tensor, k_grad: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
             results += [q_grad.new_empty(0) for _ in range(4)]
             continue
         of_parameters = zip((flat[5 * i], flat[5 * i + 1], flat[5 * i + 4]), wanted[3 * i : 3 * i + 3], strict=True)
-        results.append(torch.empty_like(grad))
+        results.append(_empty_heads(grad))
         results += [w.new_empty(w.shape) if wants else grad.new_empty(0) for w, wants in of_parameters]
     return tuple(results)
 
