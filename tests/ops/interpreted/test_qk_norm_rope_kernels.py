@@ -410,7 +410,7 @@ def test_registered_with_torch_library(monkeypatch):
     spec = SideSpec(NormSpec("rms", 1e-6, weight="shared"), ROPES["half"])
     cos, sin = (t.unsqueeze(-2) for t in tables_for(ROPES["half"]))
     weight = torch.rand(D, requires_grad=True)
-    arguments = (weight, None, cos, sin, None, None, None, cos, sin, None, 1.0, 1.0)
+    arguments = (weight, None, cos, sin, None, None, None, cos, sin, None, *(1.0, 1e-6, 1.0), *(1.0, 0.0, 1.0))
     k_spec = SideSpec(NormSpec("l2", 0.0), ROPES["half"])
     call = (q.requires_grad_(), k.requires_grad_(), *arguments, triton.encode((spec, k_spec)))
     torch.library.opcheck(torch.ops.nsphere.qk_norm_rope.default, call)
@@ -426,6 +426,28 @@ def test_one_graph_under_torch_compile():
     assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
 
 
+def test_one_compiled_function_meets_several_numbers():
+    """From the second on the compiler takes eps, scale and constant for variables, which no plan can hold."""
+    torch._dynamo.reset()
+    (q, k), grads = inputs()
+
+    def function(q, k, spec, constant):
+        q, k = qk_norm_rope(2 * q, k, spec, spec, SideTensors(), SideTensors(constant=constant), backend="triton")
+        return q.sin(), k
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found = []
+    for eps, scale, constant in ((1e-6, 1.5, 2.0), (0.5, 1.5, 0.5), (2.0, 0.7, 0.25), (None, 3.0, 1.0)):
+        spec = SideSpec(NormSpec("rms", eps, eps_place="added", scale=scale), None)
+        for call in (compiled, function):
+            leaves = [x.detach().requires_grad_() for x in (q, k)]
+            outputs = call(*leaves, spec, constant)
+            found.append([*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, grads)])
+        for a, b in zip(*found[-2:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert not any(torch.allclose(a[0], b[0]) for a, b in itertools.combinations(found[::2], 2))
+
+
 def test_what_the_kernels_do_not_take_is_told():
     (q, k), _ = inputs()
     for over, message in ((4, "over=4: a statistic of the kernels spans whole heads"), ((2, 6), r"over=\(2, 6\)")):
@@ -437,3 +459,59 @@ def test_what_the_kernels_do_not_take_is_told():
     qk.backend = "triton"
     with pytest.raises(RuntimeError, match="take bf16, fp16 and fp32, not torch.float64"):
         qk(q.double(), k.double())
+
+
+def meets(norm="rms", rope=None, heads=1, head_dim=8, over="head", **tensors):
+    x = some(1, 2, heads, head_dim, seed=0)
+    norm = None if norm is None else NormSpec(norm, 1e-3, weight="shared" if "weight" in tensors else "none")
+    return lambda: norm_rope(x, SideSpec(norm, rope, over=over), SideTensors(**tensors), backend="triton")
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (meets(head_dim=7), "a head of 7 dims has no pairs"),
+        (meets(heads=5, head_dim=4098, over="full"), "over=full: more than the 32768 elements"),
+        (meets(rope=RopeSpec(8, compute_dtype=torch.float64), cos=some(2, 4, seed=1), sin=some(2, 4, seed=2)), "in fp64"),
+        (meets(rope=RopeSpec(8), cos=some(2, 4, seed=1).double(), sin=some(2, 4, seed=2)), "not torch.float64"),
+        (meets(rope=RopeSpec(8), cos=some(2, 4, seed=1).requires_grad_(), sin=some(2, 4, seed=2)), "tables that need"),
+        (meets(rope=RopeSpec(8), cos=some(2, 4, seed=1), sin=some(2, 4, seed=2).requires_grad_()), "tables that need"),
+        (meets(multiplier=some(1, 2, 1, 1, seed=1).requires_grad_()), "a multiplier that differs between tokens"),
+        (meets(multiplier=some(3, 1, 1, 1, seed=1).requires_grad_()), "a multiplier that differs between tokens"),
+        (meets(constant=torch.tensor(2.0)), "a constant that is a tensor"),
+        (meets(constant=0.0), "a factor of 0"),
+        (meets(weight=some(8, seed=1).double()), "not torch.float64"),
+        (meets(multiplier=some(8, seed=1).double()), "not torch.float64"),
+        (lambda: torch.func.grad(lambda m: meets(multiplier=m)().sum())(some(8, seed=1)), "a transform of torch.func"),
+    ],
+)  # fmt: skip
+def test_each_thing_that_is_not_taken_is_told(call, message):
+    with pytest.raises(RuntimeError, match=f"'triton' was asked for and cannot run: qk_norm_rope: .*{message}"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "rope, head_dim, together",
+    [
+        (RopeSpec(16), 32, True),
+        (RopeSpec(32, blocks=2, where="trailing"), 48, True),
+        (RopeSpec(32, where="trailing"), 44, False),  # the turning dims start at the twelfth
+        (RopeSpec(24), 40, False),  # twelve pairs
+        (RopeSpec(32), 40, False),  # four pairs do not turn
+        (RopeSpec(32, blocks=4), 48, False),  # blocks of four pairs
+    ],
+)
+def test_what_is_promised_the_compiler_of_runs_of_8_pairs(rope, head_dim, together):
+    """It holds for the dims that a tile's pairs have."""
+    x = some(1, 1, 1, head_dim, seed=0)
+    spec = SideSpec(None, rope)
+    shape = triton._side(x.shape, spec, SideTensors(), 0.0, 1.0, (False,) * 3).shape
+    assert shape.runs_of_8 == together
+    start = head_dim - rope.dim if rope.where == "trailing" else 0
+    turning = torch.arange(start, start + rope.dim).view(rope.blocks, 2, -1)[:, 0].flatten()
+    still = torch.tensor([i for i in range(head_dim) if not start <= i < start + rope.dim])
+    first = torch.cat((turning, still[: len(still) // 2])).view(-1)
+    runs = len(first) % 8 == 0 and all(
+        run[0] % 8 == 0 and torch.equal(run, run[0] + torch.arange(8)) for run in first.split(8)
+    )
+    assert runs or not together
