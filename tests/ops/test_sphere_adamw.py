@@ -168,7 +168,8 @@ def test_stochastic_rounding_is_right_on_average_and_one_of_two_neighbours():
     assert ((draws - w.double()).abs() < gap).all()
     # the standard deviation of one draw is at most half a gap
     assert ((draws.mean(0) - w.double()).abs() <= 5 * gap / 2 / 4000**0.5).all()
-    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, 1.0])
+    nan_of_a_gpu = torch.tensor([0x7FFFFFFF]).int().view(torch.float32)  # with noise its bits would be -0
+    special = torch.cat((torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, 1.0]), nan_of_a_gpu))
     for _ in range(20):
         torch.testing.assert_close(round_stochastically(special), special.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
@@ -184,6 +185,18 @@ def test_a_seed_gives_the_same_copies_again():
     assert not torch.equal(copies[0], copies[2])
 
 
+def test_copies_of_equal_weights_are_rounded_each_by_itself_and_fp16_to_the_nearest():
+    for dtype in (torch.bfloat16, torch.float16):
+        weights = [torch.full((4, 6), 1.003) for _ in range(2)]
+        copies = [torch.empty(4, 6, dtype=dtype) for _ in weights]
+        kept = {name: [torch.zeros(4, 6) for _ in weights] for name in ("exp_avgs", "exp_avg_sqs", "grads")}
+        kept |= {"steps": [torch.zeros(()) for _ in weights], "dims": [None, None], "rounded": copies}
+        sphere_adamw_(weights, **kept, **OPTIONS | {"lr": 0.0}, rounding_seed=3)
+        if dtype == torch.float16:
+            assert torch.equal(copies[0], weights[0].half())
+        assert torch.equal(*copies) == (dtype == torch.float16)
+
+
 def test_bad_input_is_refused_before_anything_is_written():
     weights, grads = draw(torch.float32), draw(torch.float32, 1)
     before = [w.clone() for w in weights]
@@ -193,12 +206,13 @@ def test_bad_input_is_refused_before_anything_is_written():
         ({"exp_avgs": [*state(weights)["exp_avgs"][:3], torch.zeros(6, 5)]}, "weight 3 .* give equal shapes"),
         ({"exp_avgs": [m.bfloat16() for m in weights]}, "weight 0 is torch.float32, .* moments are torch.bfloat16 and"),
         ({"exp_avg_sqs": [*weights[:3], weights[3].double()]}, "weight 3 .* give moments in the weight's dtype"),
+        ({"grads": [grads[0].flatten(), *grads[1:]]}, "weight 0 .* give equal shapes"),
         ({"dims": [1, -1, None, None]}, r"weight 1 of shape \(8, 20\) has dim=-1"),
         ({"rounded": [None] * 3}, "give one entry per weight"),
         ({"rounded": [None] * 3 + [torch.zeros(6, 5)]}, "weight 3 .* give equal shapes"),
     ):
         with pytest.raises(ValueError, match=message):
-            sphere_adamw_(weights, grads, **(state(weights) | change), **OPTIONS)
+            sphere_adamw_(weights, **({"grads": grads} | state(weights) | change), **OPTIONS)
     with pytest.raises(ValueError, match="weight 3 is torch.float64; AdamW needs"):
         sphere_adamw_([*weights[:3], weights[3].double()], grads, **state(weights), **OPTIONS)
     with pytest.raises(ValueError, match="AdamW needs fp32 masters"):
