@@ -461,6 +461,9 @@ def test_what_the_kernels_do_not_take_is_told():
         qk(q.double(), k.double())
 
 
+TURNS = RopeSpec(8)
+
+
 def meets(norm="rms", rope=None, heads=1, head_dim=8, over="head", **tensors):
     x = some(1, 2, heads, head_dim, seed=0)
     norm = None if norm is None else NormSpec(norm, 1e-3, weight="shared" if "weight" in tensors else "none")
@@ -471,13 +474,13 @@ def meets(norm="rms", rope=None, heads=1, head_dim=8, over="head", **tensors):
     "call, message",
     [
         (meets(head_dim=7), "a head of 7 dims has no pairs"),
-        (meets(heads=5, head_dim=4098, over="full"), "over=full: more than the 32768 elements"),
-        (meets(rope=RopeSpec(8, compute_dtype=torch.float64), cos=some(2, 4, seed=1), sin=some(2, 4, seed=2)), "in fp64"),
-        (meets(rope=RopeSpec(8), cos=some(2, 4, seed=1).double(), sin=some(2, 4, seed=2)), "not torch.float64"),
-        (meets(rope=RopeSpec(8), cos=some(2, 4, seed=1).requires_grad_(), sin=some(2, 4, seed=2)), "tables that need"),
-        (meets(rope=RopeSpec(8), cos=some(2, 4, seed=1), sin=some(2, 4, seed=2).requires_grad_()), "tables that need"),
-        (meets(multiplier=some(1, 2, 1, 1, seed=1).requires_grad_()), "a multiplier that differs between tokens"),
-        (meets(multiplier=some(3, 1, 1, 1, seed=1).requires_grad_()), "a multiplier that differs between tokens"),
+        (meets(heads=5, head_dim=4098, over="full"), "over=full: more than the 32768"),
+        (meets(rope=RopeSpec(8, compute_dtype=torch.float64), cos=some(2, 4, seed=1), sin=some(2, 4, seed=2)), "fp64"),
+        (meets(rope=TURNS, cos=some(2, 4, seed=1).double(), sin=some(2, 4, seed=2)), "not torch.float64"),
+        (meets(rope=TURNS, cos=some(2, 4, seed=1).requires_grad_(), sin=some(2, 4, seed=2)), "tables that need"),
+        (meets(rope=TURNS, cos=some(2, 4, seed=1), sin=some(2, 4, seed=2).requires_grad_()), "tables that need"),
+        (meets(multiplier=some(1, 2, 1, 1, seed=1).requires_grad_()), "a multiplier that differs"),
+        (meets(multiplier=some(3, 1, 1, 1, seed=1).requires_grad_()), "a multiplier that differs"),
         (meets(constant=torch.tensor(2.0)), "a constant that is a tensor"),
         (meets(constant=0.0), "a factor of 0"),
         (meets(weight=some(8, seed=1).double()), "not torch.float64"),
