@@ -70,12 +70,12 @@ def test_betas_of_0_and_a_large_eps_in_cpp(changed):
 
 @needs.compiler
 def test_gradients_at_any_strides_and_dims_of_more_axes_in_cpp():
-    shapes = [((12, 8), 1), ((7,), None), ((7,), 0), ((4, 3, 5), 0), ((4, 3, 5), 2), ((2, 3, 5), None)]
+    shapes = [((12, 8), 1), ((7,), None), ((7,), 0), ((4, 3, 5), 0), ((4, 3, 5), 2), ((2, 3, 5), None), ((4, 0), 1)]
     generator = torch.Generator().manual_seed(0)
     weights, grads = ([torch.randn(shape, generator=generator) for shape, _ in shapes] for _ in range(2))
     exact = [w.double() for w in weights]
     spread = [g.mT.contiguous().mT if g.dim() > 1 else g.repeat_interleave(2)[::2] for g in grads]
-    assert not any(g.is_contiguous() for g in spread)
+    assert not any(g.is_contiguous() for g in spread[:-1])
     for each, given, backend in ((weights, spread, "compiled"), (exact, grads, "reference")):
         kept = state(each) | {"dims": [dim for _, dim in shapes]}
         sphere_adamw_(each, given, **kept, **OPTIONS, backend=backend)
