@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nsphere.norms import NormSpec
+from nsphere.norms import NormSpec, eps_of
 from nsphere.ops.launch import Launch
 from nsphere.ops.normalized_update import triton as update_kernels
 from nsphere.ops.qk_norm_rope import SideSpec, SideTensors
@@ -139,8 +139,9 @@ def qk_case(
     values = [qk_tensors(spec, head_dim, h, tokens, learned_scale and h == 32) for h in num_heads]
     inverses = [qk_kernels._inverse_like(x, spec) if spec.norm else None for x in xs]
     flat = tuple(getattr(t, f) for t in values for f in ("weight", "bias", "cos", "sin", "multiplier"))
-    plan = qk_kernels.encode((spec, spec))
-    sides, blocks = qk_kernels._sides(xs, plan, flat, (1.0, 1.0), [False] * 6)
+    plan, norm = qk_kernels.encode((spec, spec)), spec.norm
+    numbers = (1.0, *((0.0, 1.0) if norm is None else (eps_of(norm, dtype), norm.scale))) * 2
+    sides, blocks = qk_kernels._sides(xs, plan, flat, numbers, [False] * 6)
     tables = num_bytes(values[0].cos, values[0].sin)
     parameters = num_bytes(*(w for t in values for w in (t.weight, t.bias, t.multiplier)))
     least = num_bytes(*xs, *ys, *inverses) + tables + parameters
@@ -148,7 +149,7 @@ def qk_case(
         f"qk_norm_rope forward, {name}", qk_kernels.forward_launch(xs, ys, inverses, sides, blocks), least, least
     )
     wanted = [w is not None for t in values for w in (t.weight, t.bias, t.multiplier)]
-    sides, blocks = qk_kernels._sides(xs, plan, flat, (1.0, 1.0), wanted)
+    sides, blocks = qk_kernels._sides(xs, plan, flat, numbers, wanted)
     grid = (-(-4 * 132 // blocks), blocks)
     sums = [qk_kernels._empty_sums(side, grid, x) for side, x in zip(sides, xs, strict=True)]
     saved = [None if spec.norm is None and t.multiplier is None else x for x, t in zip(xs, values, strict=True)]

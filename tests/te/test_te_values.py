@@ -373,3 +373,28 @@ def test_rotary_embedding():
     squeezed = te.RotaryPositionEmbedding(4, 1.0, 2, 4)
     torch.testing.assert_close(squeezed(8)[7, 0, 0, 0].item(), 3.5)
     torch.testing.assert_close(squeezed(16)[12, 0, 0, 0].item(), 3.0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda eps: te.LayerNormLinear(16, 24, eps=eps, bias=False),
+        lambda eps: te.MultiheadAttention(
+            16, 2, layernorm_epsilon=eps, input_layernorm=True, qk_norm_type="L2Normalization", qk_norm_eps=eps,
+            attention_dropout=0.0, attn_mask_type="causal",
+        ),
+    ],
+    ids=["LayerNormLinear", "MultiheadAttention"],
+)  # fmt: skip
+def test_one_compiled_function_meets_several_eps(make):
+    torch._dynamo.reset()
+    x = torch.randn(5, 2, 16, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(lambda module, x: module(x).sin(), backend="aot_eager", fullgraph=True)
+    for eps in (1e-6, 0.5, 2.0):
+        module, found = make(eps), []
+        for call in (compiled, lambda module, x: module(x).sin()):
+            leaf = x.clone().requires_grad_()
+            y = call(module, leaf)
+            found.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaf)))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

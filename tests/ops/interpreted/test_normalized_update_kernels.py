@@ -1,5 +1,7 @@
 """The kernels of h′ = Norm(h + α (Norm(o) − h)) in Triton's interpreter, against the formula in fp64."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,6 +62,30 @@ def test_one_eigen_lr_for_all():
     h, o, lr, grad = draw()
     check(h, o, lr[:1], grad)
     check(h, o, lr[0], grad)
+
+
+def test_an_eigen_lr_that_is_a_view():
+    """One number for all dims, and every second of a longer vector."""
+    h, o, lr, grad = (t.float() for t in draw((4, 16)))
+    for view in (lr[:1].expand(16), lr.repeat_interleave(2)[::2]):
+        leaves = [h.requires_grad_(), o.requires_grad_(), view.detach().requires_grad_()]
+        assert not leaves[2].is_contiguous()
+        y = kernel(*leaves)
+        got = [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+        expected = values_and_gradients(written_out, *(t.double() for t in (h, o, view, grad)))
+        for a, b in zip(got, expected, strict=True):
+            assert error(a, b) <= FP32
+
+
+def test_everything_keeps_its_own_dtype():
+    h, o, lr, grad = draw((4, 16))
+    for dtypes in itertools.permutations((torch.float32, torch.bfloat16, torch.float16)):
+        low = [t.to(dtype) for t, dtype in zip((h, o, lr), dtypes, strict=True)]
+        got = values_and_gradients(kernel, *low, grad)
+        assert tuple(t.dtype for t in got) == (dtypes[0], *dtypes)
+        for a, b in zip(got, values_and_gradients(written_out, *(t.double() for t in (*low, grad))), strict=True):
+            # the gradient is rounded to the dtype of h′, and the interpreter cuts off
+            assert error(a, b) <= 4 * max(torch.finfo(t.dtype).eps for t in (a, got[0]))
 
 
 def test_bf16_is_off_by_less_than_a_unit_in_the_last_place():
@@ -127,8 +153,8 @@ def test_offsets_beyond_2_to_the_31():
     pages = torch.UntypedStorage(2 * (2**31 + 32))
     far = torch.tensor([], dtype=torch.bfloat16).set_(pages, 0, (3, 1, 8), (2**30 + 8, 8, 1))
     far.copy_(o.view(3, 1, 8))
-    near = far.clone()
-    assert torch.equal(kernel(h.view(3, 1, 8), far, lr), kernel(h.view(3, 1, 8), near, lr))
+    runs = [values_and_gradients(kernel, h.view(3, 1, 8), x, lr, torch.ones(3, 1, 8)) for x in (far, far.clone())]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_registered_with_torch_library(monkeypatch):
@@ -154,3 +180,12 @@ def test_what_the_kernels_do_not_take_is_told(caplog):
     wide = torch.randn(1, 20_000)
     with pytest.raises(RuntimeError, match="a row of 20000 elements"):
         kernel(wide, wide, lr[:1].float())
+    h, o, lr = (t.float() for t in draw((2, 8))[:3])
+    for arguments, message in (
+        ((h, o.double(), lr), "not torch.float64"),
+        ((h, o, lr.double()), "not torch.float64"),
+        ((h, o[:1], lr), r"h is \(2, 8\) and o is \(1, 8\)"),
+        ((h, o, lr.expand(2, 8)), r"the eigen learning rate is \(2, 8\), not"),
+    ):
+        with pytest.raises(RuntimeError, match=f"'triton' was asked for and cannot run: .*{message}"):
+            kernel(*arguments)

@@ -224,6 +224,29 @@ def some(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_inputs_and_gradients_whose_last_dim_is_not_contiguous(compiled):
+    """Heads as columns, one number for all dims of a head, and heads that overlap."""
+    torch._dynamo.reset()
+    spec = SideSpec(NormSpec("rms", 1e-3, weight="shared"), None)
+    columns, one, windows = (
+        some(B, 3, D, H, seed=0).mT,
+        some(B, 3, H, 1, seed=1).expand(B, 3, H, D),
+        some(B, 3, 11, seed=2),
+    )
+    function = torch.compile(qk_norm_rope, fullgraph=True, backend="aot_eager") if compiled else qk_norm_rope
+    for q in (columns, one, windows.unfold(-1, D, 1)):
+        results = []
+        for call, backend, dtype in ((function, "triton", torch.float32), (qk_norm_rope, "reference", torch.float64)):
+            leaves = [x.to(dtype).detach().requires_grad_() for x in (q, columns, some(D, seed=3), some(D, seed=4))]
+            assert dtype == torch.float64 or leaves[0].stride() == q.stride()
+            outputs = call(*leaves[:2], spec, spec, *(SideTensors(w) for w in leaves[2:]), backend=backend)
+            grads = [q.to(dtype), columns.to(dtype)]
+            results.append([*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, grads)])
+        for a, b in zip(*results, strict=True):
+            assert error(a, b) <= FP32
+
+
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_factors_of_every_kind_at_once(norm_first, bias):
@@ -259,17 +282,47 @@ def test_heads_in_several_blocks(monkeypatch, weight):
     against_the_reference(spec, spec, sides, q, k, grads)
 
 
-def test_a_statistic_over_three_heads_of_six_dims():
-    """Neither is a power of two: a tile has heads and pairs that are not there."""
-    q, k, *grads = (some(B, 3, 3, 6, seed=i) for i in range(4))
+@pytest.mark.parametrize("head_dim", [6, 8])
+def test_a_statistic_over_three_heads(head_dim):
+    """A tile has heads that are not there, of six dims pairs as well, of eight none."""
+    q, k, *grads = (some(B, 3, 3, head_dim, seed=i) for i in range(4))
     rope = RopeSpec(4)
     spec = SideSpec(NormSpec("layer", 1e-3, weight="full", bias=True), rope, over="full")
 
     def sides(dtype):
         tables = [t.to(dtype) for t in tables_for(rope)]
-        return [SideTensors(*(some(18, seed=i + j).to(dtype) for j in (0, 1)), *tables) for i in (4, 6)]
+        return [SideTensors(*(some(3 * head_dim, seed=i + j).to(dtype) for j in (0, 1)), *tables) for i in (4, 6)]
 
     against_the_reference(spec, spec, sides, q, k, grads)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeSpec(12, layout="interleaved", output="half", blocks=2, where="trailing"),
+        RopeSpec(12, blocks=3, where="trailing"),
+        RopeSpec(4, where="trailing", sign=-1),
+        RopeSpec(8, layout="interleaved", where="trailing"),
+        RopeSpec(8, layout="interleaved", output="half"),
+    ],
+    ids=str,
+)
+def test_rotations_of_a_part_in_every_order(rope, norm_first):
+    """A weight, a bias and a multiplier for each dim, that differ: each is of the dim that it belongs to."""
+    head_dim = 16
+    q, k, *grads = (some(B, 3, n, head_dim, seed=i) for i, n in enumerate((2, 1) * 2))
+    norm = NormSpec("layer", 1e-3, weight="per_head", bias=True)
+    tables = rope.tables(torch.arange(2, 5))
+
+    def sides(dtype):
+        cos, sin = (t.to(dtype) for t in tables)
+        learned = [[some(n, head_dim, seed=n + i).to(dtype) for i in (5, 7)] for n in (2, 1)]
+        q_side = SideTensors(*learned[0], cos, sin, some(head_dim, seed=9).to(dtype))
+        return q_side, SideTensors(None, None, cos, sin)
+
+    k_spec = SideSpec(NormSpec("l2", 0.0), rope, norm_first)
+    against_the_reference(SideSpec(norm, rope, norm_first), k_spec, sides, q, k, grads)
 
 
 def test_tables_between_other_numbers_and_tables_of_zeros():
@@ -325,6 +378,24 @@ def test_heads_beyond_2_to_the_31_elements():
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_tokens_and_batches_beyond_2_to_the_31_elements(dim):
+    """Read, in the forward and in the backward, and written: a number and the stride fit 32 bits, their product not."""
+    pages = torch.UntypedStorage(2 * (2**31 + 64))
+    shape, strides = [1, 1, 2, 8], [32, 16, 8, 1]
+    shape[dim], strides[dim] = 3, 2**30 + 16
+    far = torch.tensor([], dtype=torch.bfloat16).set_(pages, 0, tuple(shape), tuple(strides))
+    far.copy_(some(*shape, seed=0))
+    spec, weight = SideSpec(NormSpec("rms", 1e-6, weight="shared"), None), some(8, seed=1)
+    results = []
+    for x in (far, far.contiguous()):
+        leaf = x.detach().requires_grad_()
+        y = norm_rope(leaf, spec, SideTensors(weight), backend="triton")
+        y.backward(x.detach())
+        results.append((y.detach(), leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_sums_are_the_same_from_run_to_run():
     (q, k), grads = inputs(t=9)
     qk = build("rms", "head", "before", ROPES["half"])
@@ -339,7 +410,7 @@ def test_registered_with_torch_library(monkeypatch):
     spec = SideSpec(NormSpec("rms", 1e-6, weight="shared"), ROPES["half"])
     cos, sin = (t.unsqueeze(-2) for t in tables_for(ROPES["half"]))
     weight = torch.rand(D, requires_grad=True)
-    arguments = (weight, None, cos, sin, None, None, None, cos, sin, None, 1.0, 1.0)
+    arguments = (weight, None, cos, sin, None, None, None, cos, sin, None, *(1.0, 1e-6, 1.0), *(1.0, 0.0, 1.0))
     k_spec = SideSpec(NormSpec("l2", 0.0), ROPES["half"])
     call = (q.requires_grad_(), k.requires_grad_(), *arguments, triton.encode((spec, k_spec)))
     torch.library.opcheck(torch.ops.nsphere.qk_norm_rope.default, call)
@@ -355,6 +426,28 @@ def test_one_graph_under_torch_compile():
     assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
 
 
+def test_one_compiled_function_meets_several_numbers():
+    """From the second on the compiler takes eps, scale and constant for variables, which no plan can hold."""
+    torch._dynamo.reset()
+    (q, k), grads = inputs()
+
+    def function(q, k, spec, constant):
+        q, k = qk_norm_rope(2 * q, k, spec, spec, SideTensors(), SideTensors(constant=constant), backend="triton")
+        return q.sin(), k
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found = []
+    for eps, scale, constant in ((1e-6, 1.5, 2.0), (0.5, 1.5, 0.5), (2.0, 0.7, 0.25), (None, 3.0, 1.0)):
+        spec = SideSpec(NormSpec("rms", eps, eps_place="added", scale=scale), None)
+        for call in (compiled, function):
+            leaves = [x.detach().requires_grad_() for x in (q, k)]
+            outputs = call(*leaves, spec, constant)
+            found.append([*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, grads)])
+        for a, b in zip(*found[-2:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert not any(torch.allclose(a[0], b[0]) for a, b in itertools.combinations(found[::2], 2))
+
+
 def test_what_the_kernels_do_not_take_is_told():
     (q, k), _ = inputs()
     for over, message in ((4, "over=4: a statistic of the kernels spans whole heads"), ((2, 6), r"over=\(2, 6\)")):
@@ -366,3 +459,62 @@ def test_what_the_kernels_do_not_take_is_told():
     qk.backend = "triton"
     with pytest.raises(RuntimeError, match="take bf16, fp16 and fp32, not torch.float64"):
         qk(q.double(), k.double())
+
+
+TURNS = RopeSpec(8)
+
+
+def meets(norm="rms", rope=None, heads=1, head_dim=8, over="head", **tensors):
+    x = some(1, 2, heads, head_dim, seed=0)
+    norm = None if norm is None else NormSpec(norm, 1e-3, weight="shared" if "weight" in tensors else "none")
+    return lambda: norm_rope(x, SideSpec(norm, rope, over=over), SideTensors(**tensors), backend="triton")
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (meets(head_dim=7), "a head of 7 dims has no pairs"),
+        (meets(heads=5, head_dim=4098, over="full"), "over=full: more than the 32768"),
+        (meets(rope=RopeSpec(8, compute_dtype=torch.float64), cos=some(2, 4, seed=1), sin=some(2, 4, seed=2)), "fp64"),
+        (meets(rope=TURNS, cos=some(2, 4, seed=1).double(), sin=some(2, 4, seed=2)), "not torch.float64"),
+        (meets(rope=TURNS, cos=some(2, 4, seed=1).requires_grad_(), sin=some(2, 4, seed=2)), "tables that need"),
+        (meets(rope=TURNS, cos=some(2, 4, seed=1), sin=some(2, 4, seed=2).requires_grad_()), "tables that need"),
+        (meets(multiplier=some(1, 2, 1, 1, seed=1).requires_grad_()), "a multiplier that differs"),
+        (meets(multiplier=some(3, 1, 1, 1, seed=1).requires_grad_()), "a multiplier that differs"),
+        (meets(constant=torch.tensor(2.0)), "a constant that is a tensor"),
+        (meets(constant=0.0), "a factor of 0"),
+        (meets(weight=some(8, seed=1).double()), "not torch.float64"),
+        (meets(multiplier=some(8, seed=1).double()), "not torch.float64"),
+        (lambda: torch.func.grad(lambda m: meets(multiplier=m)().sum())(some(8, seed=1)), "a transform of torch.func"),
+    ],
+)  # fmt: skip
+def test_each_thing_that_is_not_taken_is_told(call, message):
+    with pytest.raises(RuntimeError, match=f"'triton' was asked for and cannot run: qk_norm_rope: .*{message}"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "rope, head_dim, together",
+    [
+        (RopeSpec(16), 32, True),
+        (RopeSpec(32, blocks=2, where="trailing"), 48, True),
+        (RopeSpec(32, where="trailing"), 44, False),  # the turning dims start at the twelfth
+        (RopeSpec(24), 40, False),  # twelve pairs
+        (RopeSpec(32), 40, False),  # four pairs do not turn
+        (RopeSpec(32, blocks=4), 48, False),  # blocks of four pairs
+    ],
+)
+def test_what_is_promised_the_compiler_of_runs_of_8_pairs(rope, head_dim, together):
+    """It holds for the dims that a tile's pairs have."""
+    x = some(1, 1, 1, head_dim, seed=0)
+    spec = SideSpec(None, rope)
+    shape = triton._side(x.shape, spec, SideTensors(), 0.0, 1.0, (False,) * 3).shape
+    assert shape.runs_of_8 == together
+    start = head_dim - rope.dim if rope.where == "trailing" else 0
+    turning = torch.arange(start, start + rope.dim).view(rope.blocks, 2, -1)[:, 0].flatten()
+    still = torch.tensor([i for i in range(head_dim) if not start <= i < start + rope.dim])
+    first = torch.cat((turning, still[: len(still) // 2])).view(-1)
+    runs = len(first) % 8 == 0 and all(
+        run[0] % 8 == 0 and torch.equal(run, run[0] + torch.arange(8)) for run in first.split(8)
+    )
+    assert runs or not together

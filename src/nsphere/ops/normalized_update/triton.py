@@ -141,7 +141,7 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def forward_launch(h: Tensor, o: Tensor, eigen_lr: Tensor, out: Tensor) -> Launch:
-    """Of tensors [outer, inner, d] whose last dim is contiguous."""
+    """Of tensors [outer, inner, d] whose last dim is contiguous, and a contiguous eigen_lr."""
     width = h.shape[-1]
     block = next_power_of_2(width)
     arguments = {
@@ -182,7 +182,7 @@ def normalized_update(h: Tensor, o: Tensor, eigen_lr: Tensor) -> Tensor:
     """See `nsphere.ops.normalized_update`; h′ is contiguous."""
     out = h.new_empty(h.shape)
     if out.numel():
-        forward_launch(_rows(h), _rows(o), eigen_lr, _rows(out)).run()
+        forward_launch(_rows(h), _rows(o), eigen_lr.contiguous(), _rows(out)).run()
     return out
 
 
@@ -199,8 +199,8 @@ def normalized_update_backward(grad: Tensor, h: Tensor, o: Tensor, eigen_lr: Ten
         return h_grad, o_grad, torch.zeros_like(eigen_lr, memory_format=torch.contiguous_format)
     programs = persistent_programs(h.numel() // h.shape[-1], h.device)
     partial = h.new_empty((programs, h.shape[-1]), dtype=torch.float32)
-    launch = backward_launch(_rows(grad), _rows(h), _rows(o), eigen_lr, _rows(h_grad), _rows(o_grad), partial)
-    launch.run()
+    tensors = (_rows(grad), _rows(h), _rows(o), eigen_lr.contiguous(), _rows(h_grad), _rows(o_grad))
+    backward_launch(*tensors, partial).run()
     lr_grad = partial.sum(0) if eigen_lr.numel() > 1 else partial.sum()
     return h_grad, o_grad, lr_grad.to(eigen_lr.dtype).view(eigen_lr.shape)
 

@@ -21,9 +21,11 @@ from nsphere.rope import RopeSpec, pair_table
 # elements of one side that a program holds at once, unless one statistic spans more
 TILE = 4096
 MAX_WIDTH = 32768
-_NORM_FIELDS = tuple(field.name for field in dataclasses.fields(NormSpec))
-# the tables come rounded already, and the rotation is in fp32
-_ROPE_FIELDS = ("dim", "base", "layout", "where", "sign", "output", "twice", "blocks")
+# eps and scale are passed as numbers: to a compiler that traces one function with several of them they are variables,
+# which cannot be written down
+_NORM_FIELDS = tuple(field.name for field in dataclasses.fields(NormSpec) if field.name not in ("eps", "scale"))
+# the tables come made, and rounded, and the rotation is in fp32
+_ROPE_FIELDS = ("dim", "layout", "where", "sign", "output", "twice", "blocks")
 
 
 def why_not(sides: tuple[Tensor, ...], specs: tuple[SideSpec, ...], values: tuple[SideTensors, ...]) -> str | None:
@@ -84,10 +86,10 @@ def _literal(values: list[str]) -> str:
 
 @functools.lru_cache(256)
 def decode(plan: str) -> tuple[SideSpec, ...]:
-    """The inverse of `encode`."""
+    """The inverse of `encode`, without eps and scale."""
     specs = []
     for norm, rope, norm_first, over in ast.literal_eval(plan):
-        norm_spec = None if norm is None else NormSpec(**dict(zip(_NORM_FIELDS, norm, strict=True)))
+        norm_spec = None if norm is None else NormSpec(eps=None, **dict(zip(_NORM_FIELDS, norm, strict=True)))
         rope_spec = None if rope is None else RopeSpec(**dict(zip(_ROPE_FIELDS, rope, strict=True)))
         specs.append(SideSpec(norm_spec, rope_spec, norm_first, over))
     return tuple(specs)
@@ -105,7 +107,9 @@ class Side:
     """Into which its heads would be split, to be settled between q and k."""
 
 
-def _side(x_shape: torch.Size, dtype: torch.dtype, spec: SideSpec, t: SideTensors, wants: tuple[bool, ...]) -> Side:
+def _side(
+    x_shape: torch.Size, spec: SideSpec, t: SideTensors, eps: float, scale: float, wants: tuple[bool, ...]
+) -> Side:
     num_heads, head_dim = x_shape[-2:]
     norm, rope = spec.norm, spec.rope
     heads = _heads(spec, x_shape)
@@ -135,9 +139,9 @@ def _side(x_shape: torch.Size, dtype: torch.dtype, spec: SideSpec, t: SideTensor
             tile_pairs=tile_pairs,
             norm="none" if norm is None else norm.statistic,
             norm_first=spec.norm_first,
-            eps=0.0 if norm is None else eps_of(norm, dtype),
+            eps=eps,
             eps_place="inside" if norm is None else norm.eps_place,
-            scale=1.0 if norm is None else norm.scale,
+            scale=scale,
             zero_centered=norm is not None and norm.zero_centered,
             weight_strides=strides.get(kind, (0, 0, 0)),
             has_weight=t.weight is not None,
@@ -281,6 +285,12 @@ def _contiguous_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _empty_heads(x: Tensor) -> Tensor:
+    """Of x's shape, and in its order of dims unless that does not end with a contiguous one, which kernels write."""
+    made = torch.empty_like(x)
+    return made if made.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 def _ready(t: SideTensors) -> SideTensors:
     """Weights as rows without gaps, tables with the same strides."""
     cos, sin = t.cos, t.sin
@@ -291,12 +301,13 @@ def _ready(t: SideTensors) -> SideTensors:
 
 
 def _sides(
-    xs: list[Tensor], plan: str, flat: tuple[Tensor | None, ...], constants: tuple[float, ...], wanted: list[bool]
+    xs: list[Tensor], plan: str, flat: tuple[Tensor | None, ...], numbers: tuple[float, ...], wanted: list[bool]
 ) -> tuple[list[Side], int]:
     sides = []
     for i, (x, spec) in enumerate(zip(xs, decode(plan), strict=True)):
-        t = _ready(SideTensors(*flat[5 * i : 5 * i + 5], constants[i]))  # type: ignore[arg-type, call-arg]
-        sides.append(_side(x.shape, x.dtype, spec, t, tuple(wanted[3 * i : 3 * i + 3])))
+        constant, eps, scale = numbers[3 * i : 3 * i + 3]
+        t = _ready(SideTensors(*flat[5 * i : 5 * i + 5], constant))  # type: ignore[arg-type, call-arg]
+        sides.append(_side(x.shape, spec, t, eps, scale, tuple(wanted[3 * i : 3 * i + 3])))
     return _settle(sides)
 
 
@@ -322,16 +333,21 @@ def forward(
     k_sin: Tensor | None,
     k_multiplier: Tensor | None,
     q_constant: float,
+    q_eps: float,
+    q_scale: float,
     k_constant: float,
+    k_eps: float,
+    k_scale: float,
     plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q, k, 1/root of q, 1/root of k); k and what goes with it may be absent, and is then empty."""
     xs = [_contiguous_heads(x) for x in (q, k) if x is not None]
-    ys = [torch.empty_like(x) for x in (q, k) if x is not None]
+    ys = [_empty_heads(x) for x in (q, k) if x is not None]
     inverses = [_inverse_like(x, spec) for x, spec in zip(xs, decode(plan), strict=True)]
     flat = (q_weight, q_bias, q_cos, q_sin, q_multiplier, k_weight, k_bias, k_cos, k_sin, k_multiplier)
     if q.numel() or (k is not None and k.numel()):
-        sides, num_blocks = _sides(xs, plan, flat, (q_constant, k_constant), [False] * 6)
+        numbers = (q_constant, q_eps, q_scale, k_constant, k_eps, k_scale)
+        sides, num_blocks = _sides(xs, plan, flat, numbers, [False] * 6)
         forward_launch(xs, ys, [i if i.numel() else None for i in inverses], sides, num_blocks).run()
     if k is None:
         return ys[0], q.new_empty(0), inverses[0], q.new_empty(0, dtype=torch.float32)
@@ -342,8 +358,8 @@ def forward(
 def _(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     specs = decode(rest[-1])
     if k is None:
-        return torch.empty_like(q), q.new_empty(0), _inverse_like(q, specs[0]), q.new_empty(0, dtype=torch.float32)
-    return torch.empty_like(q), torch.empty_like(k), _inverse_like(q, specs[0]), _inverse_like(k, specs[1])
+        return _empty_heads(q), q.new_empty(0), _inverse_like(q, specs[0]), q.new_empty(0, dtype=torch.float32)
+    return _empty_heads(q), _empty_heads(k), _inverse_like(q, specs[0]), _inverse_like(k, specs[1])
 
 
 @torch.library.custom_op("nsphere::qk_norm_rope_backward", mutates_args=())
@@ -365,14 +381,18 @@ def backward(
     k_sin: Tensor | None,
     k_multiplier: Tensor | None,
     q_constant: float,
+    q_eps: float,
+    q_scale: float,
     k_constant: float,
+    k_eps: float,
+    k_scale: float,
     plan: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients (q, its weight, bias, multiplier, k, its weight, bias, multiplier); empty where not `wanted`."""
     grads = [_contiguous_heads(g) for g in (q_grad, k_grad) if g is not None]
     saved = [None if x is None else _contiguous_heads(x) for x in (q_saved, k_saved)]
-    dxs = [torch.empty_like(g) for g in grads]
+    dxs = [_empty_heads(g) for g in (q_grad, k_grad) if g is not None]
     flat = (q_weight, q_bias, q_cos, q_sin, q_multiplier, k_weight, k_bias, k_cos, k_sin, k_multiplier)
     results: list[Tensor] = []
     if not any(g.numel() for g in grads):
@@ -380,7 +400,8 @@ def backward(
             of_parameters = zip((flat[5 * i], flat[5 * i + 1], flat[5 * i + 4]), wanted[3 * i : 3 * i + 3], strict=True)
             results += [dx, *(torch.zeros_like(w) if wants else dx.new_empty(0) for w, wants in of_parameters)]  # type: ignore[arg-type]
     else:
-        sides, num_blocks = _sides(grads, plan, flat, (q_constant, k_constant), wanted)
+        numbers = (q_constant, q_eps, q_scale, k_constant, k_eps, k_scale)
+        sides, num_blocks = _sides(grads, plan, flat, numbers, wanted)
         grid = (_num_programs(sides, num_blocks, q_grad.device), num_blocks)
         sums = [_empty_sums(side, grid, q_grad) for side in sides]
         backward_launch(grads, saved, dxs, [q_inverse, k_inverse], sums, sides, grid).run()
@@ -404,14 +425,14 @@ def _(q_grad: Tensor, k_grad: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
             results += [q_grad.new_empty(0) for _ in range(4)]
             continue
         of_parameters = zip((flat[5 * i], flat[5 * i + 1], flat[5 * i + 4]), wanted[3 * i : 3 * i + 3], strict=True)
-        results.append(torch.empty_like(grad))
+        results.append(_empty_heads(grad))
         results += [w.new_empty(w.shape) if wants else grad.new_empty(0) for w, wants in of_parameters]
     return tuple(results)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, *flat = inputs[:12]
-    ctx.constants, ctx.plan = inputs[12:14], inputs[14]
+    ctx.numbers, ctx.plan = inputs[12:18], inputs[18]
     specs = decode(ctx.plan)
     kept: list[Tensor | None] = []
     for i, (x, y) in enumerate(zip((q, k), output[:2], strict=True)):
@@ -428,13 +449,13 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[2:12]
     wanted = [flat[j] is not None and needs[j] for i in (0, 5) for j in (i, i + 1, i + 4)]
     dq, dqw, dqb, dqm, dk, dkw, dkb, dkm = backward(
-        grads[0], k_grad, q_saved, k_saved, q_inverse, k_inverse, *flat, *ctx.constants, ctx.plan, wanted
+        grads[0], k_grad, q_saved, k_saved, q_inverse, k_inverse, *flat, *ctx.numbers, ctx.plan, wanted
     )
     dqw, dqb, dqm, dkw, dkb, dkm = (
         g if wants else None for g, wants in zip((dqw, dqb, dqm, dkw, dkb, dkm), wanted, strict=True)
     )
     dk = dk if k_grad is not None else None
-    return dq, dk, dqw, dqb, None, None, dqm, dkw, dkb, None, None, dkm, None, None, None
+    return dq, dk, dqw, dqb, None, None, dqm, dkw, dkb, None, None, dkm, *[None] * 7
 
 
 forward.register_autograd(_backward, setup_context=_setup)
@@ -449,6 +470,10 @@ def run(sides: tuple[Tensor, ...], specs: tuple[SideSpec, ...], values: tuple[Si
             cos, sin = (pair_table(table, spec.rope, torch.float32) for table in (cos, sin))
         flat += [t.weight, t.bias, cos, sin, t.multiplier]
     flat += [None] * (10 - len(flat))
-    constants = [float(t.constant) for t in values] + [1.0] * (2 - len(values))
+    numbers: list[float] = []
+    for x, spec, t in zip(sides, specs, values, strict=True):
+        eps, scale = (0.0, 1.0) if spec.norm is None else (eps_of(spec.norm, x.dtype), spec.norm.scale)
+        numbers += [float(t.constant), float(eps), float(scale)]
+    numbers += [1.0, 0.0, 1.0] * (2 - len(values))
     k = sides[1] if len(sides) > 1 else None
-    return forward(sides[0], k, *flat, *constants, encode(specs))[: len(sides)]
+    return forward(sides[0], k, *flat, *numbers, encode(specs))[: len(sides)]

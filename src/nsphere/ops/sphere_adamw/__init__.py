@@ -39,8 +39,8 @@ def sphere_adamw_(
     Args:
         weights: fp32 tensors, stepped in place; the masters where `rounded` holds what the model computes with.
         grads: in the shapes of the weights, any float dtype; read only.
-        exp_avgs: m, as the weights, in place.
-        exp_avg_sqs: v, as the weights, in place.
+        exp_avgs: m, in the shapes and dtype of the weights, in place.
+        exp_avg_sqs: v, likewise.
         steps: t of each weight, 0-dim fp32 on its device, as torch's fused AdamW keeps it; counted up here.
         dims: the embedding axis of each matrix, along which it leaves with norm 1 (a zero vector stays
             zero); None for a weight that is not on the sphere (the learned scales).
@@ -59,8 +59,8 @@ def sphere_adamw_(
             by default the one that measured fastest.
 
     Raises:
-        ValueError: for lists of unequal length, a weight that is not fp32, or a dim it does not have; for an unknown
-            backend.
+        ValueError: for lists of unequal length, a weight that is not fp32, moments of another dtype, or a dim it does
+            not have; for an unknown backend.
         RuntimeError: for a backend that was asked for and cannot run.
 
     Source: arXiv 2410.01131, section 2.6; AdamW: arXiv 1711.05101.
@@ -128,4 +128,9 @@ def check(step: Step) -> None:
             raise ValueError(
                 f"weight {i} is {tuple(w.shape)} and what goes with it {[tuple(t.shape) for t in like]}; "
                 "give equal shapes"
+            )
+        if any(m.dtype != w.dtype for m in (exp_avgs[i], exp_avg_sqs[i])):
+            raise ValueError(
+                f"weight {i} is {w.dtype}, and its moments are {exp_avgs[i].dtype} and {exp_avg_sqs[i].dtype}; "
+                "give moments in the weight's dtype"
             )

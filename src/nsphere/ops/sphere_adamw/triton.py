@@ -203,8 +203,9 @@ def sphere_adamw_(
         "beta1_rest": 1 - beta1,
         "beta2": beta2,
         "beta2_rest": 1 - beta2,
-        "log_beta1": math.log(beta1) if beta1 > 0 else -1e30,
-        "log_beta2": math.log(beta2) if beta2 > 0 else -1e30,
+        # e⁻²⁰⁰ is 0 in fp32, and the series that is not taken then stays finite
+        "log_beta1": math.log(beta1) if beta1 > 0 else -200.0,
+        "log_beta2": math.log(beta2) if beta2 > 0 else -200.0,
         "eps": eps,
     }
     members = [
