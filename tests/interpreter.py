@@ -65,8 +65,7 @@ def _look_types_up() -> None:
         key = (*type.shape,) if type.is_block() else ()
         if key not in shapes:
             tensor_init(self, handle, type)
-            shapes[key] = self.numel, self.shape
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.numel, self.shape = shapes[key]
+            shapes[key] = {name: value for name, value in vars(self).items() if name not in ("handle", "type", "dtype")}
+        vars(self).update(shapes[key], handle=handle, type=type, dtype=type.scalar)
 
     tl.tensor.__init__ = tensor
