@@ -267,48 +267,68 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     assert curve(out) == curve(tmp_path / "whole")
 
 
-def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path):
-    began = time.monotonic()
-    job = run(
-        2,
-        tmp_path / "run",
-        data=tiny.text_file(tmp_path),
-        layout=Layout(timeout=8),
-        before=lambda rank: failing(rank, lambda _: time.sleep(1000)),
-    )
-    assert job.wait() == [75, 75], job.output()
-    assert "[0] rank 1 died or hangs in step 3; the job ends in step 3; start it again with --resume" in job.output()
-    assert "rank 1 hangs in step 3, for 18 s" in job.output()  # by its own watch, where nobody else can end it
-    assert time.monotonic() - began < 300
+def hang(_):
+    time.sleep(1000)
 
 
-def test_a_rank_that_fails_is_named_with_its_reason(tmp_path):
-    def fail(_):
-        raise RuntimeError("the device is on fire")
+def burn(_):
+    raise RuntimeError("the device is on fire")
 
-    job = run(2, tmp_path / "run", data=tiny.text_file(tmp_path), before=lambda rank: failing(rank, fail))
+
+def lose_the_disk(_):
+    raise OSError(5, "Input/output error")
+
+
+def die_at_the_start(rank):
+    if rank == 1:
+        Trainer.__init__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def hurt(tmp_path_factory):
+    """Jobs whose second rank ends or hangs, side by side: what they do is wait. Which one, and each one's folder."""
+    folder = tmp_path_factory.mktemp("hurt")
+    data, began = tiny.text_file(folder), time.monotonic()
+    hanging = run(2, folder / "hangs", data=data, layout=Layout(timeout=8), before=lambda rank: failing(rank, hang))
+    # the others come when it has begun to hang: what slows its steps would look like hanging
+    metrics = folder / "hangs" / "metrics.jsonl"
+    while not (metrics.exists() and '"step": 2' in metrics.read_text()):
+        assert not hanging.poll() and time.monotonic() - began < 300, hanging.output()
+        time.sleep(0.01)
+    return {
+        "hangs": hanging,
+        "burns": run(2, folder / "burns", data=data, before=lambda rank: failing(rank, burn)),
+        "loses its disk": run(2, folder / "disk", data=data, before=lambda rank: failing(rank, lose_the_disk)),
+        "dies": run(2, folder / "dies", data=data, before=die_at_the_start),
+    }, folder
+
+
+def test_a_rank_that_fails_is_named_with_its_reason(hurt):
+    job = hurt[0]["burns"]
     assert job.wait() == [75, 1], job.output()
     assert "[0] rank 1 stopped in step 3: RuntimeError: the device is on fire; the job ends" in job.output()
 
 
-def test_a_rank_whose_disk_fails_is_named_with_its_reason(tmp_path):
-    def fail(_):
-        raise OSError(5, "Input/output error")
-
-    job = run(2, tmp_path / "run", data=tiny.text_file(tmp_path), before=lambda rank: failing(rank, fail))
+def test_a_rank_whose_disk_fails_is_named_with_its_reason(hurt):
+    job = hurt[0]["loses its disk"]
     assert job.wait() == [75, 1], job.output()
     assert "[0] rank 1 stopped in step 3: OSError: [Errno 5] Input/output error; the job ends" in job.output()
 
 
-def test_a_rank_that_dies_before_the_run_begins_is_named(tmp_path):
-    def doomed(rank):
-        if rank == 1:
-            Trainer.__init__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-
-    job = run(2, tmp_path / "run", data=tiny.text_file(tmp_path), before=doomed)
+def test_a_rank_that_dies_before_the_run_begins_is_named(hurt):
+    jobs, folder = hurt
+    job = jobs["dies"]
     assert job.wait() == [75, -9], job.output()
     assert "[0] rank 1 died or hangs in the preparation; the job ends in the preparation" in job.output()
-    assert not (tmp_path / "run").exists()
+    assert not (folder / "dies").exists()
+
+
+def test_a_rank_that_hangs_ends_the_job_and_is_named(hurt):
+    began, job = time.monotonic(), hurt[0]["hangs"]
+    assert job.wait() == [75, 75], job.output()
+    assert "[0] rank 1 died or hangs in step 3; the job ends in step 3; start it again with --resume" in job.output()
+    assert "rank 1 hangs in step 3, for 18 s" in job.output()  # by its own watch, where nobody else can end it
+    assert time.monotonic() - began < 300
 
 
 def test_a_rank_that_never_comes_ends_the_job(tmp_path):

@@ -199,6 +199,8 @@ def test_qk_clip_sees_the_logits_of_all_micro_batches_and_of_compiled_blocks(dat
 
     def run(**options) -> list:
         trainer = Trainer(arm, resolve(arm, tiny.config(lr=1e-2)), tiny.options(**options), corpus)
+        if trainer.compiled:
+            del trainer.model.hidden_loss  # eager again: the head has no logits of attention, and takes long to compile
         return [trainer.step() for _ in range(5)]
 
     whole = run()

@@ -4,7 +4,7 @@ Each rank draws the whole model's numbers, one matrix after the other, from the 
 does, and keeps its part of each. So the most that it holds is its own share and one matrix.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,23 +47,24 @@ class _Fills(TorchDispatchMode):
     """What fills a matrix without memory fills one with memory instead, which is handed on.
 
     Args:
-        matrices: those made so far.
+        matrices: those made so far; any other is left as it is.
         done: takes a matrix's number and the numbers it was filled with.
     """
 
-    def __init__(self, matrices: list[Tensor], done: Callable[[int, Tensor], None]) -> None:
+    def __init__(self, matrices: Sequence[Tensor] = (), done: Callable[[int, Tensor], None] | None = None) -> None:
         super().__init__()
         self.matrices, self.done = matrices, done
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
-            number = next((i for i, matrix in enumerate(self.matrices) if matrix is args[0]), None)
-            if number is not None:
-                filled = torch.empty(args[0].shape, dtype=args[0].dtype)
-                func(filled, *args[1:], **(kwargs or {}))
-                self.done(number, filled)
-        return result
+        fills = func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
+        if not (fills and args[0].is_meta):
+            return func(*args, **(kwargs or {}))
+        number = next((i for i, matrix in enumerate(self.matrices) if matrix is args[0]), None)
+        if number is not None and self.done is not None:
+            filled = torch.empty(args[0].shape, dtype=args[0].dtype)
+            func(filled, *args[1:], **(kwargs or {}))
+            self.done(number, filled)
+        return args[0]  # torch takes longer to fill nothing than all else that makes a small model
 
 
 def make_spread(config: DecoderConfig, seed: int, device: torch.device, spread: Callable[[Decoder], None]) -> Decoder:
@@ -75,7 +76,7 @@ def make_spread(config: DecoderConfig, seed: int, device: torch.device, spread: 
         device: of this rank.
         spread: makes of a model, whose matrices have no memory yet, what this rank holds of it, in place.
     """
-    with torch.random.fork_rng(devices=[]), matrices_left_out() as left_out:
+    with torch.random.fork_rng(devices=[]), matrices_left_out() as left_out, _Fills():
         model = make_model(config)
     numbers = {id(matrix): number for number, matrix in enumerate(left_out)}
     names = {numbers[id(p)]: name for name, p in model.named_parameters() if id(p) in numbers}
