@@ -86,3 +86,20 @@ def test_a_compiled_sphere_linear(kind, projection, autocast):
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=0)
     assert "autograd_function_apply" not in graphs[1]
+
+
+@pytest.mark.parametrize(
+    "dtype, backend, taken", [("float32", "", True), ("float32", "reference", False), ("bfloat16", "", False)]
+)
+def test_the_reference_and_bf16_weights_are_left_to_autograd(dtype, backend, taken, monkeypatch):
+    monkeypatch.setenv("NSPHERE_BACKEND", backend)
+    torch._dynamo.reset()
+    module = SphereLinear(16, 24, 1, Scale(24, 1.0, 1.0)).to(getattr(torch, dtype))
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+
+    torch.compile(module, backend=keep, fullgraph=True)(torch.ones(2, 16, dtype=getattr(torch, dtype)))
+    assert ("autograd_function_apply" in graphs[0]) == taken

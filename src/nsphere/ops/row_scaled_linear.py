@@ -24,7 +24,8 @@ def suits(x: Tensor, weight: Tensor, scale: Tensor) -> bool:
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     one_dtype = x.dtype == weight.dtype == scale.dtype and not torch.is_autocast_enabled(x.device.type)
-    return trained and plain and one_dtype
+    # in 16 bits s times the gradient would be another rounding
+    return trained and plain and one_dtype and x.dtype in (torch.float32, torch.float64)
 
 
 def row_scaled_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from nsphere.train.trainer import Trainer
 
 pytestmark = kernels
 
-STEPS = size(50, 25)
+STEPS = 50
 SHAPE = size(
     {"d_model": 256, "num_layers": 2, "num_heads": 4, "context": 128, "batch_size": 8},
     {"d_model": 16, "num_layers": 1, "num_heads": 2, "context": 2, "batch_size": 1},
@@ -33,7 +33,7 @@ def losses(corpus, compiled):
 def test_losses_are_the_same(tmp_path, monkeypatch):
     """fp32, so that a wrong formula can't hide in rounding.
 
-    Losses differ by the last bits of fp32 at first (1e-7), and steps make more of it: 3e-7 of the loss in 50 steps
+    Losses differ by the last bits of fp32 at first (1e-7), and steps make more of it: 3e-7 of the loss in the 50 steps
     of the interpreter. A wrong formula is off by 1e-2 in a few steps.
     """
     corpus = load_corpus(tiny.text_file(tmp_path), cache_dir=None)
