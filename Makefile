@@ -52,10 +52,10 @@ bench: $(VENV)/.dev
 	$(BIN)/nsphere bench optimizer --json $(RESULTS)/optimizer.json
 	$(BIN)/nsphere bench ops --tokens 4096 --head-dims 128 --widths 1024 --rounds 9 --json $(RESULTS)/ops.json
 	$(BIN)/nsphere bench memory --json $(RESULTS)/memory.json
-	$(BIN)/nsphere bench decode --json $(RESULTS)/decode.json
+	$(BIN)/nsphere bench decode --size demo --json $(RESULTS)/decode.json
 	$(BIN)/nsphere bench peers --json $(RESULTS)/peers.json
-	$(BIN)/python benchmarks/loss.py --vocab-sizes 8192 --json $(RESULTS)/loss.json
-	$(BIN)/python benchmarks/qk.py --json $(RESULTS)/qk.json
+	$(BIN)/python benchmarks/loss.py --vocab-sizes 8192 --rounds 3 --json $(RESULTS)/loss.json
+	$(BIN)/python benchmarks/qk.py --rounds 7 --json $(RESULTS)/qk.json
 	$(BIN)/python benchmarks/kernels.py --json $(RESULTS)/kernels.json
 
 # with what is installed beside $(PYTHON): no environment is made, nothing is fetched

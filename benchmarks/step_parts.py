@@ -95,9 +95,8 @@ def measure(args: Args, dtype: Any) -> dict[str, dict[str, Any]]:
         size = Size(dataclasses.replace(size.config, num_layers=args.layers), size.vocab_size)
     trainers = make_trainers(size, args.arms, True, dtype)
     with products_by_way_of_fp32() if emulated(dtype) else contextlib.nullcontext():
-        for _ in range(2):
-            for trainer in trainers.values():
-                timed_step(trainer)
+        for trainer in trainers.values():
+            timed_step(trainer)
         values = harness.interleave(
             {arm: lambda t=t: profiled_step(t) for arm, t in trainers.items()},  # type: ignore[misc]
             args.rounds,
