@@ -72,8 +72,7 @@ def compile_for(launch: Launch, arch: int) -> dict[str, int]:
     parameters = launch.kernel.params
     signature = {n: kind((i,), v, parameters[i].is_constexpr) for i, (n, v) in enumerate(ordered(launch))}
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options())
     # cuobjdump knows the static part of shared memory alone
     return resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
 

@@ -20,12 +20,19 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     num_warps: int = 4
+    max_registers: int | None = None
+    """Of a thread, as an order to the assembler; by default it weighs them against the programs that fit."""
+
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told besides the arguments."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True} | limit
 
     def run(self) -> None:
         """Call the kernel, on the device of its tensors."""
         device = next(t.device for t in _tensors(self.arguments.values()))
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, enable_fp_fusion=True)
+            self.kernel[self.grid](**self.arguments, **self.options())
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:

@@ -21,6 +21,9 @@ from nsphere.rope import RopeSpec, pair_table
 # elements of one side that a program holds at once, unless one statistic spans more
 TILE = 4096
 MAX_WIDTH = 32768
+# Where no sums are kept 104 are the most that any kernel takes, and 16 warps fit with 128. Left to itself Triton 3.7's
+# assembler comes down to 80 in some and has two numbers wait in memory for it
+MAX_REGISTERS = 128
 # eps and scale are passed as numbers: to a compiler that traces one function with several of them they are variables,
 # which cannot be written down
 _NORM_FIELDS = tuple(field.name for field in dataclasses.fields(NormSpec) if field.name not in ("eps", "scale"))
@@ -223,7 +226,7 @@ def forward_launch(
     batch, length = xs[0].shape[:2]
     arguments |= {"num_tokens": batch * length, "length": length}
     grid = (_num_programs(sides, num_blocks, xs[0].device), num_blocks)
-    return Launch(forward_kernel, grid, arguments, _num_warps(sides))
+    return Launch(forward_kernel, grid, arguments, _num_warps(sides), MAX_REGISTERS)
 
 
 def backward_launch(
@@ -242,7 +245,8 @@ def backward_launch(
         arguments |= {name: _common(side, inverses[i]), f"{name}_sums": sums[i], name.upper(): side.shape}
     batch, length = grads[0].shape[:2]
     arguments |= {"num_tokens": batch * length, "length": length}
-    return Launch(backward_kernel, grid, arguments, _num_warps(sides))
+    keeps_sums = any(kept is not None for each in sums for kept in each)
+    return Launch(backward_kernel, grid, arguments, _num_warps(sides), None if keeps_sums else MAX_REGISTERS)
 
 
 def _empty_sums(side: Side, grid: tuple[int, int], like: Tensor) -> Sums:
