@@ -48,7 +48,7 @@ def test_no_round_begins_late(rounds, seconds, run):
     [
         (["optimizer", "--size", "demo", "--rounds", "2"], {"AdamW", "AdamW, then projection", "SphereAdamW"}),
         (
-            ["decode", "--size", "demo", "--rounds", "1", "--prompt-tokens", "4", "--new-tokens", "3", "--eager"],
+            ["decode", "--size", "demo", "--rounds", "1", "--new-tokens", "3", "--eager"],
             {"ngpt"},
         ),
         (["memory", "--size", "demo", "--eager"], {"gpt", "gpt-qknorm", "ngpt"}),

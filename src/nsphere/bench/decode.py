@@ -25,8 +25,8 @@ class Args:
 
     size: SizeName = "d512"
     """As in `nsphere bench step`."""
-    prompt_tokens: int = 256
-    """Length of the prompt."""
+    prompt_tokens: int | None = None
+    """Length of the prompt; half the context if not given."""
     new_tokens: int = 64
     """Tokens made after it."""
     rounds: int = 7
@@ -43,7 +43,10 @@ def main(args: Args) -> None:
     """Measure, print, write."""
     size, device = SIZES[args.size], choose_device("auto")
     autocast_dtype = choose_dtype(TrainConfig(dtype=args.dtype), device)
-    prompt = torch.randint(size.vocab_size, (args.prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    context = resolve("ngpt", size.config).context
+    assert context is not None
+    length = context // 2 if args.prompt_tokens is None else args.prompt_tokens
+    prompt = torch.randint(size.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
 
     def candidate(model: Decoder) -> Callable[[], dict[str, float]]:
         def read() -> None:
@@ -72,7 +75,7 @@ def main(args: Args) -> None:
     for arm in ARMS:
         prefill, token = (harness.quartiles(values[arm][key]) for key in ("prefill", "token"))
         over = {key: harness.ratios(values[arm][key], values[ARMS[0]][key]) for key in ("prefill", "token")}
-        rate = 1e3 * args.prompt_tokens / prefill[1]
+        rate = 1e3 * length / prefill[1]
         results[arm] = {
             "dtype": dtype_name(autocast_dtype),
             "prefill_ms": prefill,
